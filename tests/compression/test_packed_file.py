@@ -1,0 +1,183 @@
+"""The packed file: bits without gaps, the same model back, and a size that can be computed by hand."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from train_then_compress.compression.compressed import Compressed, matrices
+from train_then_compress.compression.packing import facts, pack, pack_bits, unpack, unpack_bits
+from train_then_compress.compression.prune import prune
+from train_then_compress.compression.quant import quantize
+from train_then_compress.config import RobertaConfig
+from train_then_compress.config.steps import Prune, Quant
+from train_then_compress.models.roberta import MaskedLM
+
+VOCABULARY, LENGTH = 90, 16
+SHAPE = RobertaConfig(depth=2, width=32, head_size=16)
+QUANT: list[Any] = [
+    None, *(Quant(symmetric=s, granularity=g) for s, g in itertools.product([True, False], ["tensor", "channel", "group"])),
+]  # type: ignore[arg-type]  # fmt: skip
+
+
+def by_hand(codes: list[int], bits: int) -> bytes:
+    """One long number, the first code lowest."""
+    number = sum(code << (place * bits) for place, code in enumerate(codes))
+    return number.to_bytes((len(codes) * bits + 7) // 8, "little")
+
+
+@given(st.integers(1, 8).flatmap(lambda bits: st.tuples(st.just(bits), st.lists(st.integers(0, 2**bits - 1), max_size=70))))
+def test_bits_are_packed_without_gaps(case: tuple[int, list[int]]) -> None:
+    bits, codes = case
+    tensor = torch.tensor(codes, dtype=torch.uint8)
+    packed = pack_bits(tensor, bits)
+    assert packed.dtype == torch.uint8 and bytes(packed.tolist()) == by_hand(codes, bits)
+    assert torch.equal(unpack_bits(packed, bits, len(codes)), tensor)
+
+
+def test_a_matrix_is_packed_row_by_row_even_if_it_is_a_view() -> None:
+    codes = torch.arange(12, dtype=torch.uint8).view(3, 4).t()
+    assert torch.equal(pack_bits(codes, 4), pack_bits(codes.contiguous().flatten(), 4))
+
+
+def new_model(seed: int = 0, config: RobertaConfig = SHAPE, vocabulary: int = VOCABULARY) -> MaskedLM:
+    torch.manual_seed(seed)
+    return MaskedLM(config, vocabulary, LENGTH).eval()
+
+
+def compressed_model(sparsity: float, bits: int, quant: Quant | None, scope: str = "layer") -> Compressed:
+    compressed = Compressed(new_model())
+    with torch.no_grad():  # nothing is left at its initial zero or one
+        for parameter in compressed.model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    if sparsity:
+        prune(compressed, sparsity, Prune(scope=scope))  # type: ignore[arg-type]
+    if quant:
+        with torch.no_grad():
+            for name, weight in matrices(compressed.model, True).items():
+                compressed.codes[name] = quantize(weight.detach(), bits, quant)
+                weight.copy_(compressed.codes[name].dequantize())
+    return compressed
+
+
+def logits_of(model: torch.nn.Module) -> Tensor:
+    tokens = torch.arange(5, 5 + 2 * LENGTH).view(2, LENGTH)
+    with torch.inference_mode():
+        result: Tensor = model(tokens, torch.arange(2 * LENGTH))
+    return result
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4, 3, 2])
+@pytest.mark.parametrize("quant", QUANT, ids=lambda q: f"{q.granularity}-{q.symmetric}" if q else "float")
+@pytest.mark.parametrize("sparsity", [0, 0.15, 0.6, 0.9])
+def test_the_same_weights_and_logits_come_back(tmp_path: Path, sparsity: float, quant: Quant | None, bits: int) -> None:
+    compressed = compressed_model(sparsity, bits, quant, "global" if bits == 4 else "layer")
+    path = tmp_path / "packed.safetensors"
+    path.write_bytes(pack(compressed, torch.float32, {}))
+    back = unpack(path, new_model(seed=1))
+    expected = dict(compressed.model.named_parameters())
+    for name, parameter in back.model.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+    assert torch.equal(logits_of(back.model), logits_of(compressed.model))
+    assert back.codes.keys() == compressed.codes.keys() and back.masks.keys() <= compressed.masks.keys()
+    assert all(torch.equal(mask, compressed.masks[name]) for name, mask in back.masks.items())
+    assert bool(back.masks) == bool(sparsity) or quant
+    assert pack(back, torch.float32, {}) == path.read_bytes()
+
+
+@pytest.mark.parametrize("quant", [None, Quant()])
+@pytest.mark.parametrize("sparsity", [0, 0.6])
+def test_in_bf16_what_is_not_quantized_is_rounded_and_no_more(tmp_path: Path, sparsity: float, quant: Quant | None) -> None:
+    compressed = compressed_model(sparsity, 4, quant)
+    path = tmp_path / "packed.safetensors"
+    path.write_bytes(pack(compressed, torch.bfloat16, {}))
+    back = unpack(path, new_model(seed=1))
+    for name, parameter in compressed.model.named_parameters():
+        expected = parameter if name in compressed.codes else parameter.bfloat16().float()
+        assert torch.equal(dict(back.model.named_parameters())[name], expected), name
+    assert pack(back, torch.bfloat16, {}) == path.read_bytes()
+
+
+def test_masks_are_stored_beside_codes_where_that_saves_space(tmp_path: Path) -> None:
+    for sparsity, bits, stored in ((0.15, 4, False), (0.3, 4, True), (0.3, 3, False), (0.6, 2, True), (0.45, 2, False)):
+        path = tmp_path / "packed.safetensors"
+        compressed = compressed_model(sparsity, bits, Quant())
+        path.write_bytes(pack(compressed, torch.bfloat16, {}))
+        with safe_open(path, "pt") as file:
+            keys = set(file.keys())
+            assert ("encoder.embedding.weight:mask" in keys) == stored
+            codes = file.get_tensor("head.weight:codes")
+        kept = 32 * 32 - round(32 * 32 * sparsity) if stored else 32 * 32
+        assert len(codes) == -(-kept * bits // 8)
+
+
+def content_bytes(compressed: Compressed, bits: int, group: int) -> int:
+    """What must be stored: codes, 16-bit scales, and everything else at 2 bytes a value."""
+    total = 0
+    for name, parameter in compressed.model.named_parameters():
+        n = parameter.numel()
+        total += n * bits // 8 + 2 * n // group if name in compressed.codes else 2 * n
+    return total
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_file_is_as_large_as_what_it_must_hold(tmp_path: Path, bits: int, symmetric: bool) -> None:
+    """A model of a million parameters: 4 bits cost at most 5 % more than codes, scales and the rest, header included."""
+    model = new_model(0, RobertaConfig(depth=3, width=160, head_size=32), 1024)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert 1_000_000 < parameters < 1_200_000
+    compressed = Compressed(model)
+    with torch.no_grad():
+        for name, weight in matrices(model, True).items():
+            compressed.codes[name] = quantize(weight, bits, Quant(symmetric=symmetric))
+    path = tmp_path / "packed.safetensors"
+    path.write_bytes(pack(compressed, torch.bfloat16, {"recipe": f"quant{bits}"}))
+    content = content_bytes(compressed, bits, 32)
+    zeros = 0 if symmetric else sum(codes.zero.numel() for codes in compressed.codes.values())
+    size = path.stat().st_size
+    assert content < size <= 1.05 * content + zeros and size <= content + zeros + 16_000
+    dense = len(pack(Compressed(model), torch.bfloat16, {}))
+    assert 2 * parameters < dense < 2.01 * parameters
+
+
+def test_a_sparse_file_is_a_bit_a_weight_and_the_kept_values(tmp_path: Path) -> None:
+    compressed = compressed_model(0.75, 0, None)
+    path = tmp_path / "packed.safetensors"
+    path.write_bytes(pack(compressed, torch.bfloat16, {}))
+    with safe_open(path, "pt") as file:
+        assert file.get_tensor("head.weight:mask").shape == (32 * 32 // 8,)
+        values = file.get_tensor("head.weight:values")
+        assert values.dtype == torch.bfloat16 and values.shape == (256,)
+        assert "head.weight" not in file.keys() and "head.bias" in file.keys()  # noqa: SIM118 (not a mapping)
+
+
+def test_metadata_say_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "packed.safetensors"
+    path.write_bytes(pack(compressed_model(0.3, 4, Quant()), torch.bfloat16, {"recipe": "prune30+quant4", "n": 3}))
+    assert facts(path) == {"recipe": "prune30+quant4", "n": 3}
+    with safe_open(path, "pt") as file:
+        layout = json.loads(file.metadata()["layout"])
+    assert layout["head.weight"] == [4, 32, 32] and "head.bias" not in layout
+
+
+def test_a_foreign_file_and_another_shape_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "packed.safetensors"
+    save_file({"weight": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match=r"packed\.safetensors is not a packed model of this project"):
+        unpack(path, new_model())
+    for compressed in (Compressed(new_model()), compressed_model(0.3, 4, Quant()), compressed_model(0.3, 4, None)):
+        path.write_bytes(pack(compressed, torch.bfloat16, {}))
+        for other in (RobertaConfig(depth=2, width=48, head_size=16), RobertaConfig(depth=3, width=32, head_size=16)):
+            with pytest.raises(ValueError, match=r"packed\.safetensors .*another shape"):
+                unpack(path, new_model(config=other))

@@ -1,0 +1,142 @@
+"""What the tests share: a made-up language to train on, small configs, and the reference libraries."""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+from train_then_compress.config import Config
+from train_then_compress.data.prepare import Prepared, prepare
+
+# Shared machines are slow now and then, and a failure must be seen again: no deadline, the same examples every time.
+settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=60)
+settings.load_profile("tests")
+
+_PLACES = ["harbour", "orchard", "workshop", "library", "mountain", "kitchen"]
+_THINGS = [
+    ["boat", "net", "anchor", "rope", "lantern"],
+    ["apple", "ladder", "basket", "beehive", "pear"],
+    ["hammer", "bench", "wheel", "spring", "lathe"],
+    ["book", "letter", "map", "shelf", "catalogue"],
+    ["stone", "path", "goat", "glacier", "hut"],
+    ["kettle", "spoon", "oven", "loaf", "barrel"],
+]
+_KINDS = [
+    ["tarred", "salty", "floating"],
+    ["ripe", "sweet", "wooden"],
+    ["rusty", "heavy", "polished"],
+    ["printed", "faded", "borrowed"],
+    ["steep", "frozen", "distant"],
+    ["warm", "round", "copper"],
+]
+_VERBS = [("carries", "carry"), ("paints", "paint"), ("finds", "find"), ("mends", "mend"), ("counts", "count")]
+_PEOPLE = [("Ada", "She"), ("Boris", "He"), ("Clara", "She"), ("Dmitri", "He"), ("Elin", "She"), ("Farid", "He")]
+_NUMBERS = ["two", "three", "four", "five", "seven"]
+
+
+def _sentence(choose: random.Random, place: int, person: tuple[str, str], thing: str) -> str:
+    """One sentence; number agrees with the verb, the pronoun with the person, things and their kinds with the place."""
+    kind, (one, many), count = choose.choice(_KINDS[place]), choose.choice(_VERBS), choose.choice(_NUMBERS)
+    other = choose.choice(_THINGS[place])
+    return choose.choice(
+        [
+            f"{person[0]} {one} the {kind} {thing} in the {_PLACES[place]}.",
+            f"{person[1]} {one} {count} {other}s and a {kind} {thing}.",
+            f"{count.capitalize()} people {many} the {thing}s near the {_PLACES[place]}.",
+            f"When the {thing} is {kind}, {person[0]} {one} it.",
+            f"Does the {_PLACES[place]} have {count} {kind} {other}s?",
+        ]
+    )
+
+
+def _document(choose: random.Random) -> str:
+    place, person = choose.randrange(len(_PLACES)), choose.choice(_PEOPLE)
+    thing = choose.choice(_THINGS[place])
+    lines = []
+    for _ in range(choose.randint(1, 3)):
+        lines.append(" ".join(_sentence(choose, place, person, thing) for _ in range(choose.randint(2, 6))))
+    return "\n".join(lines)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Small tensors are fastest on one thread, above all beside other processes."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 documents of a small grammar (places, people, things, agreement), in blocks between blank lines."""
+    choose = random.Random(20240607)
+    path = tmp_path_factory.mktemp("text") / "corpus.txt"
+    path.write_text("\n\n".join(_document(choose) for _ in range(300)) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory for prepared corpora, one for all tests."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def _values(text_file: Path, cache: Path, runs: Path) -> dict[str, Any]:
+    return {
+        "study": "tests",
+        "data": {"name": "text_files", "train": str(text_file), "vocab_size": 400, "sequence_length": 32},
+        "model": {"depth": 2, "width": 32, "head_size": 16},
+        "budget": {"kind": "steps", "value": 20},
+        "optimizer": {"lr": 3e-3, "batch_size": 8},
+        "evaluation": {"points": 3},
+        "runtime": {"dtype": "fp32", "threads": 1},
+        "paths": {"runs": str(runs), "cache": str(cache)},
+    }
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = copy.copy(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+@pytest.fixture
+def build_config(text_file: Path, cache: Path, tmp_path: Path) -> Callable[..., Config]:
+    """A function that builds a small config; overrides are laid over it key by key: ``model={"depth": 1}, seed=3``."""
+
+    def build(**overrides: Any) -> Config:
+        return Config.build(_merge(_values(text_file, cache, tmp_path / "runs"), overrides))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def prepared(text_file: Path, cache: Path) -> Prepared:
+    """The small config's corpus, prepared."""
+    return prepare(Config.build(_values(text_file, cache, cache)).data, cache)
+
+
+@pytest.fixture(scope="session")
+def transformers() -> ModuleType:
+    """The reference library.
+
+    It imports any torchaudio that is installed (fairseq requires one), and falls over one that was built for another
+    torch, such as PyPI's CUDA build beside a CPU-only torch. Nothing here needs sound: such a torchaudio is hidden.
+    """
+    try:
+        import torchaudio  # noqa: F401
+    except (ImportError, OSError):
+        sys.modules["torchaudio"] = None  # type: ignore[assignment]
+    import transformers
+
+    return transformers

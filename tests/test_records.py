@@ -1,0 +1,333 @@
+"""What counts for a stage's identity, and files that survive crashes and other processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import Field
+
+from train_then_compress.config import Config
+from train_then_compress.config.base import config_dataclass
+from train_then_compress.records import (
+    Busy,
+    Plan,
+    RunDirectory,
+    append_row,
+    atomic_write,
+    digest,
+    plan,
+    read_json,
+    read_rows,
+    rewrite_rows,
+    what,
+    write_json,
+)
+
+MACHINE = {"cpu": "abacus", "cores": 2, "gpus": []}
+TEXT = {"name": "text_files", "train": "corpus.txt"}
+
+#: Settings that are part of the pretraining stage, each with values other than its default.
+COUNTED: dict[str, list[Any]] = {
+    "seed": [1, 2], "task.mask_rate": [0.3, 0.4], "data.sequence_length": [64, 256], "data.fraction": [0.5, 0.05],
+    "model.depth": [2, 24], "model.width": [64, 128], "model.head_size": [32, 16], "model.norm": ["post"],
+    "model.positions": ["rotary", "sinusoidal"], "model.dropout": [0.1], "budget.value": [500, 1e6],
+    "optimizer.lr": [0.1, 0.2], "optimizer.beta1": [0.8], "optimizer.beta2": [0.9], "optimizer.eps": [1e-8],
+    "optimizer.weight_decay": [0.1], "optimizer.clip": [0.5], "optimizer.batch_size": [32, 64],
+    "optimizer.schedule": ["wsd"], "optimizer.warmup": [0.1], "optimizer.cooldown": [0.3],
+    "runtime.dtype": ["fp32", "bf16"],
+}  # fmt: skip
+#: Settings that never are.
+UNCOUNTED: dict[str, list[Any]] = {
+    "study": ["other"], "tracker.name": ["wandb"], "tracker.mode": ["online"], "tracker.project": ["p"],
+    "tracker.entity": ["e"], "paths.runs": ["/r"], "paths.cache": ["/c"], "evaluation.points": [3],
+    "evaluation.first": [0.1], "evaluation.batch_size": [8], "evaluation.validation_sequences": [10],
+    "evaluation.test_sequences": [10], "checkpoint.every_seconds": [1], "checkpoint.keep_at": [[0.5]],
+    "recipes": [["none", "quant4"]], "steps": [{"quant": {"group_size": 16}}],
+}  # fmt: skip
+#: Settings that are where seconds are the budget.
+TIMED: dict[str, list[Any]] = {
+    "runtime.device": ["cuda"], "runtime.compile": [True], "runtime.threads": [1, 7], "runtime.processes": [2, 4],
+    "runtime.micro_batch": [2, 4],
+}  # fmt: skip
+
+
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {"data": dict(TEXT)}
+    for key, value in flat.items():
+        group, _, name = key.rpartition(".")
+        (values.setdefault(group, {}) if group else values)[name] = value
+    return values
+
+
+def planned(flat: dict[str, Any], kind: str = "steps", machine: dict[str, Any] = MACHINE, data: str = "d") -> Plan:
+    return plan(Config.build(nested({"budget.kind": kind, **flat})), data, machine)
+
+
+def settings(*tables: dict[str, list[Any]]) -> st.SearchStrategy[dict[str, Any]]:
+    choices = {key: st.sampled_from(values) for table in tables for key, values in table.items()}
+    return st.fixed_dictionaries({}, optional=choices)  # type: ignore[arg-type]
+
+
+@given(settings(COUNTED), settings(COUNTED))
+def test_two_trainings_are_one_stage_if_and_only_if_they_are_set_alike(a: dict[str, Any], b: dict[str, Any]) -> None:
+    same = planned(a).pretrain.id == planned(b).pretrain.id
+    assert same == (Config.build(nested(a)) == Config.build(nested(b)))
+
+
+@pytest.mark.parametrize("key", COUNTED)
+def test_every_setting_of_the_training_counts(key: str) -> None:
+    ids = [planned({}).pretrain.id, *(planned({key: value}).pretrain.id for value in COUNTED[key])]
+    assert len(set(ids)) == len(ids)
+
+
+def test_the_tables_of_this_test_name_every_setting() -> None:
+    config = Config.build(nested({}))
+    leaves = {"branch_from", "budget.kind", "task.name", "model.name", "optimizer.name"}
+    for field in dataclasses.fields(Config):
+        value = getattr(config, field.name)
+        names = (
+            [f"{field.name}.{part.name}" for part in dataclasses.fields(value)]
+            if hasattr(value, "__dataclass_fields__")
+            else [field.name]
+        )
+        leaves |= {name for name in names if not name.startswith("data.")}
+    tested = {*COUNTED, *UNCOUNTED, *TIMED, "branch_from", "budget.kind", "task.name", "model.name", "optimizer.name"}
+    assert leaves | {"data.sequence_length", "data.fraction"} == tested
+
+
+@given(settings(COUNTED), settings(UNCOUNTED, TIMED), st.sampled_from(["steps", "tokens", "flops"]))
+def test_machine_and_runtime_do_not_count_beside_a_counted_budget(
+    counted: dict[str, Any], other: dict[str, Any], kind: str
+) -> None:
+    first = planned(counted, kind)
+    second = planned({**counted, **other}, kind, machine={"cpu": "slide rule"})
+    assert first.pretrain == second.pretrain and first.run_name == second.run_name
+
+
+@given(settings(UNCOUNTED), settings(TIMED), settings(TIMED))
+def test_machine_and_runtime_count_where_seconds_are_the_budget(
+    other: dict[str, Any], a: dict[str, Any], b: dict[str, Any]
+) -> None:
+    ids = [planned({**timed, **other}, "seconds").pretrain.id for timed in (a, b)]
+    runtimes = [Config.build(nested(timed)).runtime for timed in (a, b)]
+    assert (ids[0] == ids[1]) == (runtimes[0] == runtimes[1])
+    assert planned(a, "seconds", machine=MACHINE | {"cores": 3}).pretrain.id != planned(a, "seconds").pretrain.id
+
+
+@pytest.mark.parametrize("kind", ["seconds", "flops", "tokens", "steps"])
+def test_dtype_budget_kind_and_corpus_always_count(kind: str) -> None:
+    ids = [planned({"runtime.dtype": dtype}, kind).pretrain.id for dtype in ("fp32", "bf16", "auto")]
+    ids += [planned({}, other).pretrain.id for other in ("seconds", "flops", "tokens", "steps") if other != kind]
+    ids.append(planned({}, kind, data="another").pretrain.id)
+    assert len(set(ids)) == len(ids)
+
+
+@given(settings(COUNTED, UNCOUNTED, TIMED), st.data())
+def test_a_default_that_is_written_out_does_not_count(flat: dict[str, Any], data: st.DataObject) -> None:
+    config = Config.build(nested(flat))
+    whole = dataclasses.asdict(config)
+    groups = data.draw(st.sets(st.sampled_from(["task", "model", "optimizer", "evaluation", "checkpoint", "runtime"])))
+    spelled = nested(flat) | {group: whole[group] for group in groups}
+    assert plan(Config.build(spelled), "d", MACHINE) == plan(config, "d", MACHINE)
+
+
+@given(settings(COUNTED))
+def test_what_is_the_settings_that_differ_from_their_defaults(flat: dict[str, Any]) -> None:
+    config = Config.build(nested(flat))
+    given_here = {key.split(".")[1]: value for key, value in flat.items() if key.startswith("optimizer.")}
+    assert what(config.optimizer) == {"is": "OptimizerConfig", **given_here}
+
+
+def test_a_field_added_later_orphans_nothing() -> None:
+    def kind(later: bool) -> Any:
+        class Inner:
+            __annotations__ = {"depth": int} | ({"colour": Literal["red", "blue"]} if later else {})
+            depth = 3
+            colour = "red"
+
+        class Outer:
+            __annotations__ = {"inner": Any, "rate": float} | ({"tags": list[str]} if later else {})
+            inner = Field(default_factory=config_dataclass(Inner))
+            rate = 0.5
+            tags = Field(default_factory=list)
+
+        return config_dataclass(Outer)
+
+    for values in ({}, {"rate": 0.7}):
+        assert digest(what(kind(False)(**values))) == digest(what(kind(True)(**values)))
+    assert digest(what(kind(True)(tags=["a"]))) != digest(what(kind(True)()))
+
+
+# Recipes.
+
+
+def chains(flat: dict[str, Any], *recipes: str) -> dict[str, list[str]]:
+    return {
+        name: [key.id for key in chain] for name, chain in planned({**flat, "recipes": list(recipes)}).recipes.items()
+    }
+
+
+def test_iterative_pruning_is_one_chain_of_six_stages() -> None:
+    recipes = [f"prune{sparsity}" for sparsity in (15, 30, 45, 60, 75, 90)]
+    plan_ = planned({"recipes": recipes})
+    chain = plan_.recipes["prune90"]
+    assert [key.name for key in chain] == recipes and len({key.id for key in chain}) == 6
+    for length, recipe in enumerate(recipes, start=1):
+        assert plan_.recipes[recipe] == chain[:length]
+    for parent, key in zip([plan_.pretrain, *chain], chain, strict=False):
+        assert key.parent == parent and key.directory == f"{key.name}-{key.id[:8]}"
+
+
+def test_prune_then_quantize_shares_the_pruning() -> None:
+    ids = chains({}, "prune60", "prune60+quant4", "prune60+quant8", "quant4", "prune50", "oneshot60")
+    assert ids["prune60+quant4"][:-1] == ids["prune60+quant8"][:-1] == ids["prune60"]
+    assert ids["prune60+quant4"][-1] not in {ids["prune60+quant8"][-1], ids["quant4"][-1]}
+    assert ids["prune50"][:3] == ids["prune60"][:3] and ids["prune50"][3] != ids["prune60"][3]
+    assert len(ids["oneshot60"]) == 1 and ids["oneshot60"][0] not in ids["prune60"]
+
+
+@given(st.lists(st.sampled_from(["none", "quant4", "prune30", "prune45+quant8", "oneshot60"]), min_size=1, unique=True))
+def test_a_recipes_stages_and_point_do_not_depend_on_the_other_recipes(recipes: list[str]) -> None:
+    together, name = planned({"recipes": recipes}), planned({}).run_name
+    for recipe in recipes:
+        alone = planned({"recipes": [recipe]})
+        assert alone.recipes[recipe] == together.recipes[recipe] and alone.points[recipe] == together.points[recipe]
+    assert len(set(together.points.values())) == len(recipes) and together.run_name == name
+
+
+@pytest.mark.parametrize(
+    "recipe, change, counts",
+    [
+        ("quant4", {"steps": {"quant": {"group_size": 16}}}, True),
+        ("quant4", {"steps": {"quant": {"group_size": 32}}}, False),
+        ("quant4", {"steps": {"prune": {"scope": "global"}}}, False),
+        ("prune30", {"steps": {"quant": {"group_size": 16}}}, False),
+        ("prune30", {"steps": {"prune": {"recovery": {"max_steps": 7}}}}, True),
+        ("prune30", {"steps": {"prune": {"recovery": {"max_steps": 200}}}}, False),
+        ("prune30", {"steps": {"oneshot": {"recovery": {"max_steps": 7}}}}, False),
+        ("prune30", {"evaluation.validation_sequences": 5}, True),
+        ("prune30", {"evaluation.test_sequences": 5}, False),
+        ("prune30", {"seed": 1}, True),
+    ],
+)
+def test_a_methods_settings_count_for_its_stages_alone(recipe: str, change: dict[str, Any], counts: bool) -> None:
+    assert (chains({}, recipe) != chains(change, recipe)) == counts
+
+
+def test_test_sequences_count_for_points_alone() -> None:
+    few, all_ = (planned({"evaluation.test_sequences": count, "recipes": ["none", "quant4"]}) for count in (5, 0))
+    assert few.recipes == all_.recipes and few.pretrain == all_.pretrain
+    assert not set(few.points.values()) & set(all_.points.values())
+
+
+def test_run_names_have_one_form() -> None:
+    name = planned({"model.depth": 6, "model.width": 256, "budget.value": 600}, "seconds").run_name
+    assert name[:-8] == "mlm-d6-w256-seconds600-s0-" and len(name) == len("mlm-d6-w256-seconds600-s0-") + 8
+    assert planned({"budget.value": 1e14, "seed": 3}, "flops").run_name.startswith("mlm-d12-w768-flops1e14-s3-")
+    assert planned({"budget.value": 0.5}, "seconds").run_name.startswith("mlm-d12-w768-seconds0.5-s0-")
+
+
+# Files.
+
+ROWS = st.lists(
+    st.dictionaries(
+        st.text(max_size=4), st.one_of(st.text(max_size=8), st.floats(allow_nan=False), st.none()), max_size=3
+    )
+)
+
+
+@given(rows=ROWS, share=st.floats(0, 1), later=ROWS)
+def test_a_torn_line_loses_itself_and_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[Any], share: float, later: list[Any]
+) -> None:
+    path = tmp_path_factory.mktemp("rows") / "deep" / "rows.jsonl"
+    assert read_rows(path) == []
+    for row in rows:
+        append_row(path, row)
+    assert read_rows(path) == rows
+    whole = path.read_bytes() if rows else b""
+    cut = int(share * len(whole))
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(whole[:cut])
+    kept = [row for i, row in enumerate(rows) if cut >= len("\n".join(json.dumps(r) for r in rows[: i + 1]))]
+    assert read_rows(path) == kept
+    for row in later:
+        append_row(path, row)
+    assert read_rows(path) == kept + later
+    rewrite_rows(path, later)
+    assert read_rows(path) == later
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "record.json"
+    write_json(path, {"state": "old"})
+    for failing in ("fsync", "replace"):
+
+        def fail(*arguments: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(*((os, "fsync") if failing == "fsync" else (Path, "replace")), fail)
+            with pytest.raises(OSError, match="No space left"):
+                write_json(path, {"state": "new"})
+        assert read_json(path) == {"state": "old"} and list(tmp_path.iterdir()) == [path]
+    atomic_write(path, b'{"state": "new"}')
+    assert read_json(path) == {"state": "new"} and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_killed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    write_json(path, {"state": "old"})
+    code = (
+        "import os, sys; from pathlib import Path; from train_then_compress.records import write_json\n"
+        "os.fsync = lambda descriptor: os._exit(9)\nwrite_json(Path(sys.argv[1]), {'state': 'new'})"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == 9
+    assert read_json(path) == {"state": "old"}
+
+
+def test_a_second_process_finds_the_run_directory_busy(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from train_then_compress.records import RunDirectory\n"
+        "with RunDirectory(Path(sys.argv[1])).locked(): print('in', flush=True); input()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    directory = RunDirectory(tmp_path / "run")
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdin and holder.stdout and holder.stdout.readline() == "in\n"
+        with (
+            pytest.raises(Busy, match="run is being worked on by another process; wait for it or stop it"),
+            directory.locked(),
+        ):
+            pass
+        holder.communicate("\n")
+    with directory.locked():
+        refused = subprocess.run(command, capture_output=True, text=True, input="\n")
+    assert refused.returncode != 0 and "is being worked on by another process" in refused.stderr
+
+
+def test_the_config_beside_a_run_is_read_back(tmp_path: Path) -> None:
+    flat = {key: values[-1] for key, values in (COUNTED | UNCOUNTED | TIMED).items()}
+    config = Config.build(nested(flat))
+    RunDirectory(tmp_path).write_config(config)
+    assert Config.load(tmp_path / "config.yaml") == config
+
+
+def test_a_run_is_done_when_every_point_asked_for_stands(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    small, large = planned({"recipes": ["none"]}), planned({"recipes": ["none", "quant4"]})
+    assert not directory.is_done(small)
+    write_json(tmp_path / "result.json", {"points": small.points})
+    assert directory.is_done(small) and not directory.is_done(large)
+    for loss in (2.0, 1.0):
+        append_row(tmp_path / "points.jsonl", {"point": "p", "loss": loss})
+    assert directory.points() == {"p": {"point": "p", "loss": 1.0}}

@@ -1,0 +1,199 @@
+"""Quality against what a model costs: the figures in which large compressed and small models meet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from train_then_compress.analysis import drawing
+from train_then_compress.analysis.frontier import frontier, mean_over_seeds
+from train_then_compress.analysis.series import Model, heading, left_out, models_of, setting
+from train_then_compress.analysis.table import Study, family_order, recipe_family
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A measure of quality: ``scale`` turns the column's unit into the axis's ``unit``.
+
+    Points worse than ``tolerance`` times the worst dense model are drawn at the edge.
+    """
+
+    column: str
+    name: str
+    tolerance: float
+    higher_is_better: bool = False
+    logarithmic: bool = False
+    scale: float = 1.0
+    unit: str = ""
+
+    @property
+    def label(self) -> str:
+        """The axis's label."""
+        direction = f"{'higher' if self.higher_is_better else 'lower'} is better"
+        remarks = [self.unit, "log scale" if self.logarithmic else "", direction]
+        return f"{self.name} ({', '.join(filter(None, remarks))})"
+
+
+QUALITIES = [
+    Quality("test_perplexity", "test perplexity", 2.5, logarithmic=True),
+    Quality("test_accuracy", "masked-token test accuracy", 0.7, higher_is_better=True, scale=100, unit="%"),
+]
+COSTS = [
+    drawing.Quantity("bytes", "size of the packed file", "bytes"),
+    drawing.Quantity("nonzero", "non-zero parameters", "count"),
+]
+#: How a recipe's steps are explained below a figure; a method not named here is shown by its name alone.
+_METHODS = {
+    "quant": "quantB: weights of B bits",
+    "prune": "pruneP: P % of the weights zero, pruned step by step",
+    "oneshot": "oneshotP: P % of the weights zero, pruned at once",
+}
+_FRONTIER: dict[str, Any] = {"color": "0.15", "linestyle": (0, (4, 2)), "linewidth": 1.0}
+
+
+def quality_by_cost(study: Study, quality: Quality, cost: drawing.Quantity) -> Figure | None:
+    """Every model and recipe (mean over seeds) of a study of one cell, and the frontier.
+
+    Colour says which model; the marker which family of recipes, the smaller the stronger; a faint line joins one
+    model's strengths. None where no point has both quality and cost.
+    """
+    runs = study.runs[study.runs["learned"]]
+    points = study.points[study.points["run"].isin(runs["run"])].dropna(subset=[quality.column, cost.column])
+    if points.empty:
+        return None
+    means, limits = _to_draw(points, quality, cost, runs["unigram_test"].max())
+    title = f"{quality.name.capitalize()} against {cost.name}"
+    with drawing.page(title, setting(study, "mean and range of up to {seeds} seeds")) as (figure, axes):
+        axes.set(xlabel=f"{cost.name} (log scale)", ylabel=quality.label, ylim=limits)
+        cheapest, dearest = drawing.padded(means["x"])
+        drawing.log_axis(axes, "x", cheapest * (cheapest / dearest) ** 0.16, dearest, cost.unit)
+        if quality.logarithmic:
+            drawing.log_axis(axes, "y", *limits, "plain")
+        marks, models = _marks(points), models_of(runs)
+        models = [model for model in models if len(model.rows(means))]
+        _draw_lines(axes, models, means)
+        _draw_markers(axes, models, means, marks)
+        best = means[means["frontier"]].sort_values("x")
+        axes.step(best["x"], best["y"], where="post", zorder=2.5, **_FRONTIER)
+        legends = [(heading(runs), _model_entries(models)), ("recipe", _recipe_entries(marks))]
+        drawing.lay_out(figure, axes, legends, [_explained(marks), *_cut_off(means, quality), *left_out(study)])
+        labels = list(dict.fromkeys(zip(best["x"], best["y"], best["recipe"].map(_shown), strict=True)))
+        drawing.label_points(figure, axes, labels, means[["x", "y"]].to_numpy(), below=not quality.higher_is_better)
+    return figure
+
+
+def _to_draw(
+    points: pd.DataFrame, quality: Quality, cost: drawing.Quantity, unigram: float
+) -> tuple[pd.DataFrame, tuple[float, float]]:
+    """Means over seeds with where to draw them (``x``, ``y``, ``low``, ``high``; ``cut``: moved to the edge),
+    ``family`` and ``frontier``; and the ends of the quality axis.
+
+    Models that compression has ruined would press all others into a corner, so they are moved.
+    """
+    means = mean_over_seeds(points, list(dict.fromkeys([cost.column, quality.column, "test_perplexity"])))
+    means["family"] = means["recipe"].map(recipe_family)
+    sound = means[~(means["test_perplexity"] >= unigram)]
+    best = frontier(sound, cost.column, quality.column, quality.higher_is_better)
+    means["frontier"] = best.reindex(means.index, fill_value=False)
+    means["x"] = means[cost.column].astype(float)
+    values = means[quality.column] * quality.scale
+    dense = values[means["recipe"] == "none"]
+    dense = dense if len(dense) else values[means["frontier"]]
+    if quality.higher_is_better:
+        means["cut"] = values < dense.min() * quality.tolerance
+    else:
+        means["cut"] = values > dense.max() * quality.tolerance
+    low, high = _limits(values[~means["cut"]], quality)
+    for shown, column in (("y", ""), ("low", "_low"), ("high", "_high")):
+        means[shown] = (means[quality.column + column] * quality.scale).clip(low, high)
+    return means, (low, high)
+
+
+def _limits(values: pd.Series[float], quality: Quality) -> tuple[float, float]:
+    """The ends of the quality axis, with room for names on the frontier's free side."""
+    if quality.logarithmic:
+        low, high = drawing.padded(values, 0.1)
+        room = (high / low) ** 0.08
+        return (low, high * room) if quality.higher_is_better else (low / room, high)
+    margin = max(0.1 * (values.max() - values.min()), 0.005 * abs(values.max()), 0.01)
+    return values.min() - margin, values.max() + margin
+
+
+def _marks(points: pd.DataFrame) -> dict[str, tuple[str, float]]:
+    """Marker and its size (typographic points) for each recipe, family by family from light to strong."""
+    recipes = list(points.groupby("recipe")["bytes"].mean().sort_values(ascending=False).index)
+    marks: dict[str, tuple[str, float]] = {}
+    for index, family in enumerate(sorted({recipe_family(recipe) for recipe in recipes}, key=family_order)):
+        members = [recipe for recipe in recipes if recipe_family(recipe) == family]
+        # The dense model's shows behind one drawn over it: quantization leaves the number of parameters as it was.
+        sizes = np.linspace(8, 4.5, len(members)) if len(members) > 1 else [9.0 if family == "dense" else 7.0]
+        marks |= {recipe: (drawing.marker(index), float(size)) for recipe, size in zip(members, sizes, strict=True)}
+    return marks
+
+
+def _draw_lines(axes: Axes, models: list[Model], means: pd.DataFrame) -> None:
+    """A faint line through each model's strengths of one family, from the dense model; bars for the range of seeds."""
+    chains: list[np.ndarray] = []
+    chain_colours, bars, bar_colours = [], [], []
+    kept = means[~means["cut"]].sort_values("x")
+    for model in models:
+        own = model.rows(kept)
+        for family in own["family"].unique():
+            chains.append(own.loc[own["family"].isin(["dense", family]), ["x", "y"]].to_numpy())
+            chain_colours.append(model.colour)
+        several = own[own["seeds"] > 1]
+        bars += [[(x, low), (x, high)] for x, low, high in several[["x", "low", "high"]].to_numpy()]
+        bar_colours += [model.colour] * len(several)
+    axes.add_collection(LineCollection(chains, colors=chain_colours, alpha=0.45, linewidths=0.8, zorder=2))
+    axes.add_collection(LineCollection(bars, colors=bar_colours, linewidths=1.0, zorder=3))
+
+
+def _draw_markers(axes: Axes, models: list[Model], means: pd.DataFrame, marks: dict[str, tuple[str, float]]) -> None:
+    colour_of = {model.keys: model.colour for model in models}
+    for (_, cut), rows in means.groupby(["family", "cut"], sort=False):
+        colours = [colour_of[keys] for keys in zip(rows["depth"], rows["width"], rows["variant"], strict=True)]
+        axes.scatter(
+            rows["x"], rows["y"], s=[marks[recipe][1] ** 2 for recipe in rows["recipe"]],
+            marker=marks[rows["recipe"].iloc[0]][0], facecolors=["white"] * len(rows) if cut else colours,
+            edgecolors=colours if cut else ["white"], linewidths=1.2 if cut else 0.6, clip_on=False, zorder=4,
+        )  # fmt: skip
+
+
+def _model_entries(models: list[Model]) -> list[Line2D]:
+    return [Line2D([], [], marker="o", linestyle="", color=model.colour, markersize=6.5, label=model.name)
+            for model in models]  # fmt: skip
+
+
+def _recipe_entries(marks: dict[str, tuple[str, float]]) -> list[Line2D]:
+    entries = [Line2D([], [], marker=marker, markersize=size, linestyle="", color="0.35", label=_shown(recipe))
+               for recipe, (marker, size) in marks.items()]  # fmt: skip
+    return [*entries, Line2D([], [], label="frontier", **_FRONTIER)]
+
+
+def _shown(recipe: str) -> str:
+    return "dense" if recipe == "none" else recipe
+
+
+def _explained(recipes: Iterable[str]) -> str:
+    methods = dict.fromkeys(part for recipe in recipes for part in recipe_family(recipe).split("+"))
+    known = [_METHODS[method] for method in methods if method in _METHODS]
+    return "; ".join(known) + ("." if known else "")
+
+
+def _cut_off(means: pd.DataFrame, quality: Quality) -> list[str]:
+    cut = means[means["cut"]]
+    if cut.empty:
+        return []
+    worst = (cut[quality.column].min() if quality.higher_is_better else cut[quality.column].max()) * quality.scale
+    edge = "lower" if quality.higher_is_better else "upper"
+    number = f"{worst:,.0f}" if worst > 1000 else f"{worst:.4g}"
+    where = f"{len(cut)} of {len(means)} points lie beyond it, the worst at {number}"
+    return [f"Hollow markers at the {edge} edge: {where}{' %' if quality.unit == '%' else ''}."]

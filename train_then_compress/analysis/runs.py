@@ -1,0 +1,163 @@
+"""The runs of a study as they lie on the disk: read, put in order of size, judged, and what they lack in words."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from train_then_compress.analysis.frontier import CELL
+from train_then_compress.config import Config, ConfigError
+from train_then_compress.records import RunDirectory, read_json, read_rows
+
+#: Groups of the config that can make two runs of one shape and budget differ.
+_VARIANT_GROUPS = ("task", "data", "model", "optimizer", "runtime", "branch_from")
+#: A run whose validation perplexity is not below this share of the unigram model's has learned nothing to show.
+LEARNED_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Run:
+    """The files of one run. ``points`` holds, for each recipe, the last row that was written for it."""
+
+    path: Path
+    config: Config
+    record: dict[str, Any]
+    points: dict[str, dict[str, Any]]
+    metrics: list[dict[str, Any]]
+
+
+def read_runs(directory: Path) -> tuple[list[Run], list[str]]:
+    """Every readable run of a study, and a sentence on each that is not.
+
+    Raises FileNotFoundError, in words, where there is no study or no run in it.
+    """
+    if not directory.is_dir():
+        beside = sorted({path.parent.parent.name for path in directory.parent.glob("*/*/config.yaml")})
+        known = f"studies in {directory.parent}: {', '.join(beside)}" if beside else f"{directory.parent} has no study"
+        raise FileNotFoundError(f"{directory}: no such study; {known}")
+    runs, missing = [], []
+    for path in sorted(path for path in directory.iterdir() if path.is_dir()):
+        if not (path / "config.yaml").is_file():
+            if (path / "lock").exists():
+                missing.append(f"{path.name}: started, nothing recorded yet")
+            continue
+        try:
+            runs.append(_read_run(path))
+        except (ConfigError, ValueError, OSError) as error:
+            missing.append(f"{path.name}: cannot be read ({error})")
+    if not runs and not missing:
+        raise FileNotFoundError(f"{directory}: no run in it yet; a run is a directory with a config.yaml")
+    return runs, missing
+
+
+def _read_run(path: Path) -> Run:
+    records = [read_json(file) for file in sorted(path.glob("stages/pretrain-*/record.json"))]
+    points = {row["recipe"]: row for row in read_rows(path / "points.jsonl")}
+    metrics = read_rows(RunDirectory(path).metrics)
+    return Run(path, Config.load(path / "config.yaml"), records[-1] if records else {}, points, metrics)
+
+
+def runs_frame(runs: list[Run]) -> pd.DataFrame:
+    """One row per run in order of cell, size (depth x width², the blocks' parameters but for a factor), variant, seed.
+
+    The columns are described in `train_then_compress.analysis.table.Study`.
+    """
+    variants = _variants([run.config for run in runs])
+    frame = pd.DataFrame([_row(run, variant) for run, variant in zip(runs, variants, strict=True)])
+    frame["size"] = frame["depth"] * frame["width"] ** 2
+    frame = frame.sort_values([*CELL, "size", "depth", "variant", "seed"]).reset_index(drop=True)
+    for split in ("validation", "test"):
+        # A run that has no record yet is held against the unigram model of its corpus's other runs.
+        own = pd.to_numeric(frame[f"unigram_{split}"]).astype(float)
+        frame[f"unigram_{split}"] = own.fillna(own.groupby([frame["corpus"], frame["vocab_size"]]).transform("first"))
+    perplexity = pd.to_numeric(frame["validation_perplexity"]).astype(float)
+    frame["unigram_share"] = perplexity / frame["unigram_validation"]
+    # Where either is unknown there is nothing to hold against the run.
+    frame["learned"] = ~(frame["unigram_share"] >= LEARNED_SHARE)
+    return frame
+
+
+def _row(run: Run, variant: str) -> dict[str, Any]:
+    config, clock = run.config, run.record.get("clock", {})
+    pretraining = [row for row in run.metrics if row["stage"].startswith("pretrain-")]
+    last: dict[str, Any] = next((row for row in reversed(pretraining) if row["split"] == "validation"), {})
+    validation = run.record.get("validation", last)
+    unigram = run.record.get("corpus", {}).get("unigram_perplexity", {})
+    is_done = (run.path / "result.json").is_file()
+    failure = {} if is_done else read_json(run.path / "failure.json") or {}
+    return {
+        "study": run.path.resolve().parent.name,
+        "run": run.path.name,
+        "task": config.task.name,
+        "corpus": getattr(config.data, "path", config.data.name),
+        "vocab_size": config.data.vocab_size,
+        "depth": config.model.depth,
+        "width": config.model.width,
+        "variant": variant,
+        "seed": config.seed,
+        "budget_kind": config.budget.kind,
+        "budget": config.budget.value,
+        **{f"train_{unit}": clock.get(unit) for unit in ("seconds", "steps", "tokens", "flops")},
+        "validation_perplexity": validation.get("perplexity"),
+        "validation_accuracy": validation.get("accuracy"),
+        "unigram_validation": unigram.get("valid"),
+        "unigram_test": unigram.get("test"),
+        "progress": 1.0 if run.record else max((row["progress"] for row in pretraining), default=0.0),
+        "absent": [recipe for recipe in config.parsed_recipes() if recipe not in run.points],
+        "failure": failure.get("reason", ""),
+    }
+
+
+def _variants(configs: list[Config]) -> list[str]:
+    """For each run the settings in which runs of one shape and budget differ.
+
+    A learning rate that goes with the shape is no variant.
+    """
+    flat = [
+        dict(_flatten({group: dataclasses.asdict(config)[group] for group in _VARIANT_GROUPS})) for config in configs
+    ]
+    seen: dict[tuple[Any, ...], set[str]] = defaultdict(set)
+    for config, settings in zip(configs, flat, strict=True):
+        data, budget, model = config.data, config.budget, config.model
+        same = (config.task.name, data.name, data.vocab_size, budget.kind, budget.value, model.depth, model.width)
+        for key, value in settings.items():
+            seen[*same, key].add(repr(value))
+    keys = sorted({key[-1] for key, values in seen.items() if len(values) > 1})
+    last_parts = [key.rpartition(".")[2] for key in keys]
+    names = {key: key if last_parts.count(last) > 1 else last for key, last in zip(keys, last_parts, strict=True)}
+    return [", ".join(f"{name}={settings.get(key)}" for key, name in names.items()) for settings in flat]
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def what_is_missing(runs: pd.DataFrame) -> list[str]:
+    """A sentence on each run that is unfinished, has failed, or has learned too little to be drawn."""
+    sentences = []
+    for run in runs.to_dict("records"):
+        said = []
+        if run["failure"]:
+            said.append(f"stopped at {run['progress']:.0%} of its budget: {run['failure']}")
+        elif run["progress"] < 1:
+            said.append(f"training stands at {run['progress']:.0%} of its budget")
+        if run["absent"]:
+            said.append(f"no point yet for {', '.join(run['absent'])}")
+        if not run["learned"]:
+            said.append(
+                f"left out of the figures: its validation perplexity {run['validation_perplexity']:.4g} "
+                f"is not below half of the unigram model's {run['unigram_validation']:.4g}"
+            )
+        if said:
+            sentences.append(f"{run['run']}: {'; '.join(said)}")
+    return sentences

@@ -1,0 +1,237 @@
+"""One tidy row per point of a study, and what is missing in it, in words."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from train_then_compress.analysis.frontier import CELL, study_frontier
+from train_then_compress.analysis.runs import LEARNED_SHARE, Run, read_runs, runs_frame, what_is_missing
+
+#: Every column of the table, with its unit and convention. Text, unless a unit or a count is named.
+COLUMNS: dict[str, str] = {
+    "study": "the sweep: the directory's name",
+    "run": "the run: its directory's name",
+    "task": "the task, e.g. mlm",
+    "corpus": "the text, by name (a Hugging Face dataset by its path)",
+    "vocab_size": "tokens in the vocabulary, special tokens included; perplexities compare only where it is equal",
+    "depth": "layers",
+    "width": "units of the residual stream (hidden size)",
+    "variant": "settings that differ between runs of one shape and budget, e.g. lr=0.003; empty where only seeds do",
+    "seed": "seed of initialization, order of batches and masks",
+    "budget_kind": "what training may spend: seconds, flops, tokens or steps",
+    "budget": "how much of it; seconds are training-step time",
+    "recipe": "compression steps joined by +; none is the dense model; unigram is the unigram model of the training "
+    "text, smoothed as the corpus records it, for comparison (one row per corpus)",
+    "test_loss": "nats per masked token, test split, 15 % masked",
+    "test_perplexity": "exp(test_loss)",
+    "test_accuracy": "share of masked tokens predicted exactly, in [0, 1], test split",
+    "bytes": "size of the packed file as it lies on disk, header included",
+    "compression_ratio": "bytes_bf16 / bytes",
+    "nonzero": "parameters that are not zero, tied embeddings counted once",
+    "nonzero_without_embeddings": "the same without token and position embeddings",
+    "frontier": "true where no other point of the same task, corpus, vocabulary and budget is at most as large (bytes) "
+    "and at least as good (test_perplexity) and better in one of them, both as means over seeds; never a point that "
+    "does not beat the unigram model, nor one of a run whose unigram_share is 0.5 or more",
+    "parameters": "all parameters, tied embeddings counted once",
+    "parameters_without_embeddings": "the same without token and position embeddings",
+    "bytes_bf16": "size of the dense model's file in bf16",
+    "bytes_fp32": "size of the dense model's file in fp32",
+    "flops_per_token": "FLOPs of a forward pass per token, zeros counted (dense)",
+    "flops_per_token_nonzero": "the same with multiplications by zero weights left out; no speed-up follows from it",
+    "latency_ms": "milliseconds per forward pass of one sequence, median, on engine with threads",
+    "latency_iqr_ms": "interquartile range of that latency, milliseconds",
+    "throughput": "tokens per second, batches of 16 sequences",
+    "engine": "what ran the model while latency and throughput were taken",
+    "threads": "CPU threads meanwhile",
+    "weight_error": "relative Frobenius distance of all compressed matrices from the dense ones",
+    "weight_errors": "the same for each layer (JSON object)",
+    "compress_seconds": "training-step and quantizer time of the whole recipe, seconds",
+    "compress_steps": "optimizer steps of recovery training, whole recipe",
+    "compress_tokens": "tokens seen in recovery training, whole recipe",
+    "compress_flops": "FLOPs of recovery training, whole recipe",
+    "train_seconds": "training-step time spent by pretraining, seconds",
+    "train_steps": "optimizer steps of pretraining",
+    "train_tokens": "tokens seen in pretraining",
+    "train_flops": "FLOPs of pretraining",
+    "validation_perplexity": "of the dense model when pretraining ended (unigram row: of the unigram model)",
+    "validation_accuracy": "masked-token accuracy of the dense model when pretraining ended, in [0, 1]",
+    "unigram_share": "validation_perplexity / the unigram model's; at 0.5 or more the figures leave the run out",
+    "point": "identity of the point (hash)",
+    "stage": "directory of the recipe's last stage",
+}  # fmt: skip
+
+_TEXT = [
+    "study", "run", "task", "corpus", "variant", "budget_kind", "recipe", "engine", "weight_errors", "point", "stage",
+]  # fmt: skip
+_INTEGERS = [
+    "vocab_size", "depth", "width", "seed", "bytes", "nonzero", "nonzero_without_embeddings", "parameters",
+    "parameters_without_embeddings", "bytes_bf16", "bytes_fp32", "threads", "compress_steps", "compress_tokens",
+    "train_steps", "train_tokens",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study's records say.
+
+    ``points``: one row per point, the columns of `COLUMNS`, models by size and recipes from light to strong.
+    ``metrics``: one row per line of the runs' metrics.jsonl, with ``run`` (``loss`` in nats per masked token).
+    ``runs``: one row per run in order of size, its settings and results named as in `COLUMNS`, with ``progress``
+    (share of the budget spent), ``learned``, ``failure`` (reason, or empty), ``absent`` (recipes without a point),
+    ``unigram_validation`` and ``unigram_test`` (perplexities). ``missing``: sentences.
+    """
+
+    directory: Path
+    runs: pd.DataFrame
+    points: pd.DataFrame
+    metrics: pd.DataFrame
+    missing: list[str]
+
+
+def load_study(directory: Path) -> Study:
+    """Read every run of a study; what is unfinished, failed or unreadable is said in ``missing``, the rest is kept.
+
+    Raises FileNotFoundError, in words, where there is no study or no run in it.
+    """
+    read, unreadable = read_runs(directory)
+    metrics = pd.DataFrame.from_records([{"run": run.path.name, **row} for run in read for row in run.metrics])
+    if not read:
+        return Study(directory, pd.DataFrame(), _typed(pd.DataFrame()), metrics, unreadable)
+    runs = runs_frame(read)
+    return Study(directory, runs, _points(runs, read), metrics, what_is_missing(runs) + unreadable)
+
+
+def _points(runs: pd.DataFrame, read: list[Run]) -> pd.DataFrame:
+    points_of = {run.path.name: run.points for run in read}
+    rows: list[dict[Any, Any]] = _unigram_rows(runs)
+    for run in runs.to_dict("records"):
+        rows += [run | row for row in sorted(points_of[run["run"]].values(), key=_from_light_to_strong)]
+    frame = _typed(pd.DataFrame(rows))
+    frame["compression_ratio"] = frame["bytes_bf16"].astype(float) / frame["bytes"].astype(float)
+    unigram = pd.Series([row["unigram_test"] for row in rows], index=frame.index, dtype=float)
+    # Without this the frontier would always begin with the smallest file, however ruined its model.
+    is_ruined = (frame["unigram_share"] >= LEARNED_SHARE) | (frame["test_perplexity"] >= unigram)
+    best = study_frontier(frame[~is_ruined], "bytes", "test_perplexity")
+    frame["frontier"] = best.reindex(frame.index, fill_value=False)
+    return frame
+
+
+def _unigram_rows(runs: pd.DataFrame) -> list[dict[Any, Any]]:
+    known = runs.dropna(subset=["unigram_test"]).drop_duplicates(["task", "corpus", "vocab_size", "unigram_test"])
+    shared = ("study", "task", "corpus", "vocab_size", "unigram_test")
+    return [
+        {key: run[key] for key in shared}
+        | {"recipe": "unigram", "test_loss": math.log(run["unigram_test"]), "test_perplexity": run["unigram_test"],
+           "validation_perplexity": run["unigram_validation"], "unigram_share": 1.0}
+        for run in known.to_dict("records")
+    ]  # fmt: skip
+
+
+def recipe_family(recipe: str) -> str:
+    """A recipe without its strengths: ``prune+quant`` for ``prune60+quant4``, ``dense`` for ``none``."""
+    return "dense" if recipe == "none" else "".join(character for character in recipe if not character.isdigit())
+
+
+def family_order(family: str) -> tuple[bool, int, str]:
+    """Sorts families: dense, single steps by name, combinations."""
+    return family != "dense", family.count("+"), family
+
+
+def _from_light_to_strong(point: dict[str, Any]) -> tuple[Any, ...]:
+    return *family_order(recipe_family(point["recipe"])), -(point.get("bytes") or 0), point["recipe"]
+
+
+def _typed(frame: pd.DataFrame) -> pd.DataFrame:
+    """All columns of `COLUMNS`, in order: text, nullable integers, booleans, and floats for the rest."""
+    frame = frame.reindex(columns=list(COLUMNS))
+    for column in COLUMNS:
+        if column in _TEXT:
+            frame[column] = frame[column].astype(object).where(frame[column].notna(), "")
+        elif column == "frontier":
+            frame[column] = False
+        else:
+            frame[column] = pd.to_numeric(frame[column]).astype("Int64" if column in _INTEGERS else float)
+    return frame
+
+
+def render(frame: pd.DataFrame, format: str) -> str:
+    """The table as ``md`` (a readable choice of columns, rounded), ``csv`` or ``json`` (every column, exact)."""
+    if format == "md":
+        return _markdown(frame)
+    if format == "csv":
+        errors = frame["weight_errors"].map(lambda value: json.dumps(value) if value else "")
+        return frame.assign(weight_errors=errors).to_csv(index=False, lineterminator="\n")
+    if format == "json":
+        rows = [{key: _plain(value) for key, value in row.items()} for row in frame.to_dict("records")]
+        return json.dumps(rows, indent=2) + "\n"
+    raise ValueError(f"format={format!r}: allowed are md, csv and json")
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it: null for what is unknown or not finite."""
+    if isinstance(value, dict | str | bool):
+        return value
+    if pd.isna(value) or math.isinf(value):
+        return None
+    return value.item() if hasattr(value, "item") else value
+
+
+def _digits(digits: int, scale: float = 1.0) -> Callable[[Any], str]:
+    """Writes value / scale with so many significant digits, thousands separated, without an exponent."""
+
+    def write(value: Any) -> str:
+        scaled = value / scale
+        places = digits - 1 - math.floor(math.log10(abs(scaled))) if scaled and math.isfinite(scaled) else 0
+        return f"{scaled:,.{max(0, places)}f}"
+
+    return write
+
+
+#: The columns of the Markdown table: heading, and how a value is written.
+_MARKDOWN: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "task": ("task", str),
+    "corpus": ("corpus", str),
+    "vocab_size": ("vocabulary", str),
+    "budget_kind": ("budget in", str),
+    "budget": ("budget", "{:g}".format),
+    "depth": ("depth", str),
+    "width": ("width", str),
+    "variant": ("variant", str),
+    "seed": ("seed", str),
+    "recipe": ("recipe", str),
+    "test_perplexity": ("test perplexity", _digits(4)),
+    "test_accuracy": ("test accuracy (%)", _digits(3, 0.01)),
+    "bytes": ("size (MB)", _digits(3, 1e6)),
+    "compression_ratio": ("ratio to bf16", _digits(3)),
+    "nonzero": ("non-zero (M)", _digits(3, 1e6)),
+    "latency_ms": ("latency (ms)", _digits(3)),
+    "throughput": ("tokens/s", _digits(3)),
+    "weight_error": ("weight error", "{:.3f}".format),
+    "compress_seconds": ("compression (s)", _digits(3)),
+    "train_seconds": ("training (s)", _digits(3)),
+    "validation_perplexity": ("dense validation perplexity", _digits(4)),
+    "frontier": ("frontier", lambda value: "yes" if value else ""),
+}
+_SHOWN_IF_VARIED = [*CELL, "variant", "seed"]
+
+
+def _markdown(frame: pd.DataFrame) -> str:
+    models = frame[frame["recipe"] != "unigram"]
+    names = [name for name in _MARKDOWN if name not in _SHOWN_IF_VARIED or models[name].nunique(dropna=False) > 1]
+    columns = []
+    for name in names:
+        heading, write = _MARKDOWN[name]
+        cells = [heading, *("" if pd.isna(value) else write(value) for value in frame[name])]
+        width = max(map(len, cells))
+        is_text = name in _TEXT
+        rule = "-" * width if is_text else "-" * (width - 1) + ":"
+        aligned = [cell.ljust(width) if is_text else cell.rjust(width) for cell in cells]
+        columns.append([aligned[0], rule, *aligned[1:]])
+    return "".join(f"| {' | '.join(row)} |\n" for row in zip(*columns, strict=True))

@@ -1,0 +1,94 @@
+"""The command ``ttc``. Modules are imported inside the commands, so that help is quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    help="Train Transformers of many sizes under one budget, compress them, and compare quality and cost.",
+)  # fmt: skip
+data = typer.Typer(no_args_is_help=True, help="List and prepare corpora.", rich_markup_mode=None)
+app.add_typer(data, name="data")
+
+Study = Annotated[Path, typer.Argument(help="A study's directory, or its name below --runs.")]
+Runs = Annotated[Path, typer.Option(help="Where studies are kept (paths.runs).")]
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    short_help="Train and compress: everything after it goes to Hydra.",
+)
+def run(context: typer.Context) -> None:
+    """Train and compress. Everything after it goes to Hydra: overrides, -m, --cfg job, hydra/launcher=..."""
+    from train_then_compress import sweep
+
+    raise typer.Exit(sweep.run(context.args))
+
+
+@app.command()
+def table(
+    study: Study,
+    runs: Runs = Path("runs"),
+    format: Annotated[str, typer.Option(help="md, csv or json.")] = "md",
+) -> None:
+    """Print one row per point: quality and costs."""
+    from train_then_compress.analysis.table import load_study, render
+
+    loaded = load_study(_directory(study, runs))
+    typer.echo(render(loaded.points, format))
+    for line in loaded.missing:
+        typer.echo(line, err=True)
+
+
+@app.command()
+def figures(study: Study, runs: Runs = Path("runs"), out: Annotated[Path | None, typer.Option()] = None) -> None:
+    """Draw convergence and quality against cost, as SVG and PNG."""
+    from train_then_compress.analysis.figures import draw_study
+
+    for path in draw_study(_directory(study, runs), out):
+        typer.echo(path)
+
+
+@app.command()
+def track(
+    study: Study,
+    runs: Runs = Path("runs"),
+    mode: Annotated[str, typer.Option(help="offline or online.")] = "offline",
+) -> None:
+    """Replay every run's recorded history into Weights & Biases, one run each."""
+    from train_then_compress.config import TrackerConfig
+    from train_then_compress.tracking.wandb_tracker import track_study
+
+    for name in track_study(_directory(study, runs), TrackerConfig(name="wandb", mode=mode)):  # type: ignore[arg-type]
+        typer.echo(name)
+
+
+@data.command("list")
+def list_corpora() -> None:
+    """Name the corpora that data=NAME takes."""
+    from train_then_compress.config import conf_directory
+
+    for path in sorted(conf_directory().glob("data/*.yaml")):
+        typer.echo(f"{path.stem:16} {path.read_text().splitlines()[0].removeprefix('#').strip()}")
+
+
+@data.command("prepare")
+def prepare_corpus(
+    name: str,
+    overrides: Annotated[list[str] | None, typer.Argument(help="More overrides, e.g. data.vocab_size=2048.")] = None,
+) -> None:
+    """Fetch, split and tokenize a corpus, so that runs find it ready."""
+    from train_then_compress import sweep
+
+    raise typer.Exit(sweep.prepare_only([f"data={name}", *(overrides or [])]))
+
+
+def _directory(study: Path, runs: Path) -> Path:
+    for candidate in (study, runs / study):
+        if candidate.is_dir():
+            return candidate
+    raise typer.BadParameter(f"neither {study} nor {runs / study} is a study's directory", param_hint="STUDY")

@@ -1,0 +1,65 @@
+"""A model under compression: weights as they will be used, and what is known of each compressed matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A matrix in uniform quantization: ``weight = (codes - zero) * scale``.
+
+    ``codes`` uint8 [rows, columns]; ``scale`` float16 and ``zero`` uint8 [1, 1] (per tensor), [rows, 1] (per channel)
+    or [rows, groups].
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    bits: int
+
+    def dequantize(self) -> Tensor:
+        """float32 [rows, columns]."""
+        rows, columns = self.codes.shape
+        groups = self.scale.shape[1]
+        grouped = self.codes.view(rows, groups, columns // groups).float()
+        return ((grouped - self.zero.float()[..., None]) * self.scale.float()[..., None]).view(rows, columns)
+
+
+@dataclass
+class Compressed:
+    """``model`` holds the weights in use; ``masks`` (bool, true where kept) and ``codes`` by parameter name."""
+
+    model: nn.Module
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    codes: dict[str, Codes] = field(default_factory=dict)
+
+    def mask_weights(self) -> None:
+        """Set pruned weights to zero, in place."""
+        parameters = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, mask in self.masks.items():
+                parameters[name].mul_(mask)
+
+
+def matrices(model: nn.Module, embeddings: bool) -> dict[str, Tensor]:
+    """The weight matrices that compression works on: of every linear layer and, by choice, of the token embedding.
+
+    Biases, normalizations and position tables are left alone.
+    """
+    kinds = (nn.Linear, nn.Embedding) if embeddings else (nn.Linear,)
+    return {f"{name}.weight": module.weight for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def weight_errors(dense: dict[str, Tensor], used: dict[str, Tensor]) -> tuple[float, dict[str, float]]:
+    """Relative Frobenius error ``|W - W'| / |W|``, over all matrices together and for each matrix."""
+    errors, norms = {}, {}
+    for name, weight in dense.items():
+        if weight.dim() == 2:
+            errors[name] = float((weight - used[name]).norm())
+            norms[name] = float(weight.norm())
+    total = sum(e**2 for e in errors.values()) ** 0.5 / sum(n**2 for n in norms.values()) ** 0.5
+    return total, {name: errors[name] / norms[name] if norms[name] else 0.0 for name in errors}

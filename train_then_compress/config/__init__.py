@@ -1,0 +1,109 @@
+"""The config of a run as dataclasses, one per group of ``conf/``. Knows no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
+
+from train_then_compress.config.base import ConfigError, config_dataclass, explain, reject
+from train_then_compress.config.data import BATCH_FIELDS, CorpusConfig, DataConfig, SotuWiki
+from train_then_compress.config.model import RobertaConfig
+from train_then_compress.config.recipes import Step, parse_recipe
+from train_then_compress.config.runtime import PathsConfig, RuntimeConfig, TrackerConfig
+from train_then_compress.config.training import (
+    BudgetConfig,
+    CheckpointConfig,
+    EvaluationConfig,
+    MaskedLMTask,
+    OptimizerConfig,
+)
+
+__all__ = [
+    "BATCH_FIELDS", "BudgetConfig", "CheckpointConfig", "Config", "ConfigError", "CorpusConfig", "DataConfig",
+    "EvaluationConfig", "MaskedLMTask", "OptimizerConfig", "PathsConfig", "RobertaConfig", "RuntimeConfig", "SotuWiki",
+    "Step", "TrackerConfig", "conf_directory", "parse_recipe",
+]  # fmt: skip
+
+
+@config_dataclass
+class Config:
+    """Everything about one run. ``study`` names the directory under ``paths.runs``.
+
+    ``branch_from`` is ``RUN_DIRECTORY@PROGRESS``: start from that milestone of a ``wsd`` run, clock included.
+    """
+
+    study: str = "scratch"
+    seed: int = Field(0, ge=0, lt=2**31)
+    task: MaskedLMTask = Field(default_factory=MaskedLMTask)
+    data: DataConfig = Field(default_factory=SotuWiki)
+    model: RobertaConfig = Field(default_factory=RobertaConfig)
+    budget: BudgetConfig = Field(default_factory=BudgetConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
+    tracker: TrackerConfig = Field(default_factory=TrackerConfig)
+    paths: PathsConfig = Field(default_factory=PathsConfig)
+    recipes: list[str] = Field(default_factory=lambda: ["none"])
+    steps: dict[str, Any] = Field(default_factory=dict)
+    branch_from: str | None = None
+
+    @classmethod
+    def build(cls, values: dict[str, Any]) -> Config:
+        """A validated config from plain dictionaries; raises `ConfigError` naming every wrong key."""
+        try:
+            return TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            raise explain(error) from None
+
+    @classmethod
+    def load(cls, path: Path) -> Config:
+        """The config written beside a run."""
+        return cls.build(yaml.safe_load(path.read_text()))
+
+    def parsed_recipes(self) -> dict[str, list[Step]]:
+        """Each recipe's steps, in the order given, each recipe once."""
+        return {recipe: parse_recipe(recipe, self.steps, self.model.width) for recipe in self.recipes}
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Config:
+        if not self.study or not all(c.isalnum() or c in "._-" for c in self.study) or self.study.startswith("."):
+            raise reject("study", repr(self.study), "letters, digits, '.', '_' and '-' only, not starting with '.'")
+        share, rest = divmod(self.optimizer.batch_size, self.runtime.processes)
+        if rest:
+            raise reject("optimizer.batch_size", self.optimizer.batch_size,
+                         f"must be a multiple of runtime.processes={self.runtime.processes}")  # fmt: skip
+        if self.runtime.micro_batch and share % self.runtime.micro_batch:
+            raise reject("runtime.micro_batch", self.runtime.micro_batch,
+                         f"must divide the {share} sequences of one process")  # fmt: skip
+        if self.budget.kind == "steps" and self.optimizer.warmup * self.budget.value > self.budget.value - 1:
+            raise reject("budget.value", self.budget.value,
+                         f"too small for optimizer.warmup={self.optimizer.warmup}: "
+                         "no step would be left after it")  # fmt: skip
+        if self.branch_from is not None:
+            self._branch_is_possible(self.branch_from)
+        if not self.recipes:
+            raise reject("recipes", "[]", "at least one recipe; 'none' is the dense model")
+        self.parsed_recipes()
+        return self
+
+    def _branch_is_possible(self, branch: str) -> None:
+        directory, _, progress = branch.rpartition("@")
+        if not directory or not progress.replace(".", "", 1).isdigit() or not 0 < float(progress) < 1:
+            raise reject("branch_from", branch, "expected RUN_DIRECTORY@PROGRESS, e.g. runs/study/run@0.5")
+        if self.optimizer.schedule != "wsd":
+            raise reject(
+                "branch_from",
+                branch,
+                "only optimizer.schedule=wsd can branch (its rate is constant before the cooldown)",
+            )
+
+
+def conf_directory() -> Path:
+    """Where the YAML files are: inside an installed wheel, or beside the package in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"

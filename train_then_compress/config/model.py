@@ -1,0 +1,37 @@
+"""``conf/model``: the shape of the Transformer."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from train_then_compress.config.base import config_dataclass, reject
+
+
+@config_dataclass
+class RobertaConfig:
+    """A RoBERTa encoder: ``depth`` layers of ``width`` units, FFN of ``4 * width``."""
+
+    name: Literal["roberta"] = "roberta"
+    depth: int = Field(12, ge=1, le=48)
+    width: int = Field(768, ge=2, le=16384)
+    head_size: int = Field(64, ge=2)
+    positions: Literal["learned", "sinusoidal", "rotary"] = "learned"
+    norm: Literal["pre", "post"] = "pre"
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    @property
+    def heads(self) -> int:
+        """Width / head size, at least one."""
+        return max(1, self.width // self.head_size)
+
+    @model_validator(mode="after")
+    def _shape_is_possible(self) -> RobertaConfig:
+        if self.width > self.head_size and self.width % self.head_size:
+            raise reject("model.width", self.width, f"must be a multiple of model.head_size={self.head_size}")
+        if self.positions == "rotary" and (self.width // self.heads) % 2:
+            raise reject("model.head_size", self.width // self.heads, "rotary positions need an even head size")
+        if self.positions == "sinusoidal" and self.width % 2:
+            raise reject("model.width", self.width, "sinusoidal positions need an even width")
+        return self

@@ -1,0 +1,88 @@
+"""``conf/task``, ``conf/budget``, ``conf/optimizer``, ``conf/evaluation`` and ``conf/checkpoint``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from train_then_compress.config.base import config_dataclass, reject
+
+
+@config_dataclass
+class MaskedLMTask:
+    """Masked language modelling (RoBERTa): ``mask_rate`` in training, always 15 % in evaluation."""
+
+    name: Literal["mlm"] = "mlm"
+    mask_rate: float = Field(0.15, ge=0.15, le=0.9)
+
+
+@config_dataclass
+class BudgetConfig:
+    """What training may spend. ``seconds`` are training-step time only (DESIGN, rule 1)."""
+
+    kind: Literal["seconds", "flops", "tokens", "steps"] = "seconds"
+    value: float = Field(600, gt=0)
+
+    @model_validator(mode="after")
+    def _steps_are_whole(self) -> BudgetConfig:
+        if self.kind == "steps" and self.value != int(self.value):
+            raise reject("budget.value", self.value, "a budget in steps must be a whole number")
+        return self
+
+
+@config_dataclass
+class OptimizerConfig:
+    """AdamW and the learning-rate schedule, a function of progress = spent / budget.
+
+    ``linear`` rises over ``warmup`` and falls to zero at progress 1; ``wsd`` rises, stays, and falls to zero over
+    the last ``cooldown`` (Hägele et al. 2405.18392). ``batch_size`` counts sequences per optimizer step, whatever
+    the number of processes and of micro-batches.
+    """
+
+    name: Literal["adamw"] = "adamw"
+    lr: float = Field(1e-3, gt=0, le=1)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.98, ge=0, lt=1)
+    eps: float = Field(1e-6, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    clip: float = Field(1.0, gt=0)
+    batch_size: int = Field(16, ge=1)
+    schedule: Literal["linear", "wsd"] = "linear"
+    warmup: float = Field(0.06, ge=0, lt=1)
+    cooldown: float = Field(0.2, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> OptimizerConfig:
+        if self.schedule == "wsd" and self.warmup + self.cooldown > 1:
+            raise reject("optimizer.warmup", self.warmup, f"with optimizer.cooldown={self.cooldown} at most 1 together")
+        return self
+
+
+@config_dataclass
+class EvaluationConfig:
+    """Validation at ``points`` values of progress, evenly spaced in its logarithm from ``first`` to 1.
+
+    ``validation_sequences`` and ``test_sequences`` cap the sequences scored (0: all of the split).
+    """
+
+    points: int = Field(12, ge=1, le=1000)
+    first: float = Field(0.02, gt=0, le=1)
+    batch_size: int = Field(64, ge=1)
+    validation_sequences: int = Field(0, ge=0)
+    test_sequences: int = Field(0, ge=0)
+
+
+@config_dataclass
+class CheckpointConfig:
+    """A checkpoint every so many seconds of wall clock, and milestones at the given values of progress."""
+
+    every_seconds: float = Field(60.0, ge=0)
+    keep_at: list[float] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _milestones_lie_inside(self) -> CheckpointConfig:
+        for progress in self.keep_at:
+            if not 0 < progress < 1:
+                raise reject("checkpoint.keep_at", progress, "each progress must lie between 0 and 1")
+        return self

@@ -1,0 +1,1 @@
+"""What things cost: FLOPs (counted), latency and machine speed (measured)."""

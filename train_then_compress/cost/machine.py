@@ -1,0 +1,88 @@
+"""What machine this is, how fast it is right now, and holding it for oneself."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from train_then_compress.records import Busy
+
+
+def cpu_facts() -> tuple[str, frozenset[str]]:
+    """The processor's name and feature flags, as Linux reports them (elsewhere: its name and no flags)."""
+    path = Path("/proc/cpuinfo")
+    if not path.is_file():
+        return platform.processor() or platform.machine(), frozenset()
+    facts = dict(line.split(":", 1) for line in path.read_text().split("\n\n")[0].splitlines() if ":" in line)
+    values = {key.strip(): value.strip() for key, value in facts.items()}
+    return values.get("model name", platform.machine()), frozenset(values.get("flags", "").split())
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bf16 matrices in hardware."""
+    return bool(cpu_facts()[1] & {"avx512_bf16", "amx_bf16"})
+
+
+def usable_cores() -> list[int]:
+    """The cores this process may run on."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def identity() -> dict[str, Any]:
+    """What makes wall-clock results belong to one machine: processor and number of usable cores; GPU, if any."""
+    driver = Path("/proc/driver/nvidia/gpus")
+    gpus = [
+        line.split(":", 1)[1].strip()
+        for gpu in (sorted(driver.iterdir()) if driver.is_dir() else [])
+        for line in (gpu / "information").read_text().splitlines()
+        if line.startswith("Model:")
+    ]
+    return {"cpu": cpu_facts()[0], "cores": len(usable_cores()), "gpus": gpus}
+
+
+def calibrate(device: str = "cpu", seconds: float = 0.5) -> dict[str, float]:
+    """Speed of a 1024^3 matrix multiplication in FLOP/s (2 n^3 each), by dtype: a noisy machine shows here."""
+    import torch
+
+    speeds = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a = torch.randn(1024, 1024, device=device).to(dtype)
+        a @ a
+        count, start = 0, time.perf_counter()
+        while (elapsed := time.perf_counter() - start) < seconds / 2 or count == 0:
+            a @ a
+            if device == "cuda":
+                torch.cuda.synchronize()
+            count += 1
+        speeds[name] = count * 2 * 1024**3 / elapsed
+    return speeds
+
+
+@contextmanager
+def held(device: str, exclusive: bool) -> Iterator[None]:
+    """Hold this process's cores (or the GPU) for the length of a run.
+
+    Wall-clock budgets need the machine for themselves (DESIGN, rule 7): they hold it exclusively and refuse to begin
+    beside any other run on the same cores; other runs only refuse beside an exclusive one. Raises `Busy`.
+    """
+    places = [f"core{core}" for core in usable_cores()] if device == "cpu" else ["cuda"]
+    directory = Path(tempfile.gettempdir()) / f"train_then_compress-{os.getuid()}"
+    directory.mkdir(exist_ok=True)
+    with ExitStack() as stack:
+        for place in places:
+            file = stack.enter_context((directory / place).open("w"))
+            try:
+                fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            except OSError:
+                raise Busy(
+                    f"{place} is in use by another run, and wall-clock budgets (budget.kind=seconds) need an exclusive "
+                    "machine: wait for the other run, give each its own cores (taskset), or use another budget.kind"
+                ) from None
+        yield

@@ -1,0 +1,105 @@
+"""Batches for masked language modelling: seeded order, dynamic masks, both functions of (seed, step) alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from train_then_compress.config import ConfigError
+from train_then_compress.data.packing import packed
+from train_then_compress.data.prepare import BOS, MASK, PAD, Prepared
+
+EVALUATION_MASK_RATE = 0.15
+#: Evaluation masks come from this seed, whatever the training seed.
+_EVALUATION_SEED = 2002_11794
+_FIRST_ORDINARY = MASK + 1
+
+
+@dataclass(frozen=True)
+class MaskedBatch:
+    """``tokens`` int64 [sequences, length] after masking; ``masked`` bool, where the loss is; ``targets`` int64 [masked]."""
+
+    tokens: np.ndarray
+    masked: np.ndarray
+    targets: np.ndarray
+
+
+def apply_masks(tokens: np.ndarray, rate: float, vocab_size: int, rng: np.random.Generator) -> MaskedBatch:
+    """Choose ``rate`` of each sequence's ordinary tokens: 80 % become ``<mask>``, 10 % a random token, 10 % stay.
+
+    (Devlin et al. 2019, section 3.1.) The number in a sequence is rounded at random, so that the expectation is exact;
+    it is at least one where there is an ordinary token.
+    """
+    ordinary = tokens >= _FIRST_ORDINARY
+    available = ordinary.sum(axis=1)
+    wanted = np.floor(rate * available + rng.random(len(tokens)))
+    wanted = np.clip(wanted, np.minimum(1, available), available)
+    order = np.where(ordinary, rng.random(tokens.shape), 2.0).argsort(axis=1)
+    rank = np.empty_like(order)
+    np.put_along_axis(rank, order, np.arange(tokens.shape[1])[None], axis=1)
+    masked = rank < wanted[:, None]
+    targets = tokens[masked]
+    kind = rng.random(len(targets))
+    replaced = np.where(kind < 0.8, MASK, targets)
+    replaced = np.where((kind >= 0.8) & (kind < 0.9), rng.integers(_FIRST_ORDINARY, vocab_size, len(targets)), replaced)
+    result = tokens.copy()
+    result[masked] = replaced
+    return MaskedBatch(result, masked, targets)
+
+
+class Sequences:
+    """A split cut into sequences of one length.
+
+    ``fraction`` keeps that share of the split's tokens from its start: documents stand in the order of their hashes,
+    so this is a random subset of documents, and a smaller fraction is part of a larger one.
+    """
+
+    def __init__(self, prepared: Prepared, split: str, length: int, fraction: float = 1.0):
+        self.tokens = prepared.tokens(split)
+        self.vocab_size = prepared.vocab_size
+        self.length = length
+        blocks = packed(prepared, split, length)
+        self.blocks = blocks[: int(np.searchsorted(blocks[:, 1], fraction * len(self.tokens), side="right"))]
+        if not len(self.blocks):
+            raise ConfigError(
+                f"data.fraction={fraction}: not one sequence of {length} tokens is left in the {split} split"
+            )
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def rows(self, numbers: np.ndarray) -> np.ndarray:
+        """int64 [len(numbers), length]: ``<s>``, the block, padding."""
+        rows = np.full((len(numbers), self.length), PAD, dtype=np.int64)
+        rows[:, 0] = BOS
+        for row, (start, end) in zip(rows, self.blocks[numbers], strict=True):
+            row[1 : 1 + end - start] = self.tokens[start:end]
+        return rows
+
+
+class TrainingBatches:
+    """Endless masked batches; the batch of a step depends on (seed, step) only."""
+
+    def __init__(self, sequences: Sequences, batch_size: int, mask_rate: float, seed: int):
+        self.sequences, self.batch_size, self.mask_rate, self.seed = sequences, batch_size, mask_rate, seed
+        self._order = lru_cache(maxsize=2)(self._shuffled)
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch, 1]).permutation(len(self.sequences))
+
+    def __call__(self, step: int) -> MaskedBatch:
+        """The masked batch of a step; every sequence is seen once before any is seen again."""
+        places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs, places = np.divmod(places, len(self.sequences))
+        numbers = np.array([self._order(int(e))[p] for e, p in zip(epochs, places, strict=True)])
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, step]))
+        return apply_masks(self.sequences.rows(numbers), self.mask_rate, self.sequences.vocab_size, rng)
+
+
+def evaluation_batch(sequences: Sequences, limit: int) -> MaskedBatch:
+    """The whole split (its first ``limit`` sequences, 0: all) as one batch with fixed masks at 15 %."""
+    count = min(limit or len(sequences), len(sequences))
+    rng = np.random.Generator(np.random.Philox(key=[_EVALUATION_SEED, 0]))
+    return apply_masks(sequences.rows(np.arange(count)), EVALUATION_MASK_RATE, sequences.vocab_size, rng)

@@ -1,0 +1,1 @@
+"""RoBERTa in plain PyTorch, and the layers it is made of."""

@@ -1,0 +1,83 @@
+"""The encoder layer: self-attention and a feed-forward network, normalized before (pre) or after (post)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from train_then_compress.config import RobertaConfig
+from train_then_compress.models.positions import rotate
+
+Rotation = tuple[Tensor, Tensor]
+
+#: Up to this length the CPU multiplies whole score matrices: PyTorch's fused kernel there is built for long sequences,
+#: and its backward takes several times as long at 128 (see benchmarks/README.md).
+_EXPLICIT_UP_TO = 512
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+    """Softmax attention; everything [batch, heads, length, head_size], ``bias`` [batch, 1, 1, length] added to the scores."""
+    if bias is not None:
+        bias = bias.to(query.dtype)
+    if query.device.type != "cpu" or query.shape[2] > _EXPLICIT_UP_TO:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
+    scores = (query * query.shape[3] ** -0.5) @ key.transpose(2, 3)
+    if bias is not None:
+        scores = scores + bias
+    return F.dropout(scores.softmax(dim=-1), dropout) @ value
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention with one fused projection for queries, keys and values."""
+
+    def __init__(self, config: RobertaConfig):
+        super().__init__()
+        self.heads, self.dropout = config.heads, config.dropout
+        self.query_key_value = nn.Linear(config.width, 3 * config.width)
+        self.output = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor, bias: Tensor | None, rotation: Rotation | None) -> Tensor:
+        """``x`` [batch, length, width]; ``bias`` [batch, 1, 1, length], minus infinity at padding, or None."""
+        batch, length, width = x.shape
+        projected = self.query_key_value(x).view(batch, length, 3, self.heads, width // self.heads)
+        query, key, value = projected.permute(2, 0, 3, 1, 4).unbind(0)
+        if rotation is not None:
+            cosine, sine = rotation[0].to(query.dtype), rotation[1].to(query.dtype)
+            query, key = rotate(query, cosine, sine), rotate(key, cosine, sine)
+        dropout = self.dropout if self.training else 0.0
+        mixed = attention(query, key, value, bias, dropout)
+        return self.output(mixed.transpose(1, 2).reshape(batch, length, width))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a GELU between them; the inner one has four times the width."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.inner = nn.Linear(width, 4 * width)
+        self.outer = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        return self.outer(F.gelu(self.inner(x)))
+
+
+class EncoderLayer(nn.Module):
+    """Attention and feed-forward, each with dropout and a residual connection."""
+
+    def __init__(self, config: RobertaConfig):
+        super().__init__()
+        self.pre_norm = config.norm == "pre"
+        self.attention = SelfAttention(config)
+        self.attention_norm = nn.LayerNorm(config.width)
+        self.feed_forward = FeedForward(config.width)
+        self.feed_forward_norm = nn.LayerNorm(config.width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, bias: Tensor | None, rotation: Rotation | None) -> Tensor:
+        """[batch, length, width] -> the same."""
+        if self.pre_norm:
+            x = x + self.dropout(self.attention(self.attention_norm(x), bias, rotation))
+            return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        x = self.attention_norm(x + self.dropout(self.attention(x, bias, rotation)))
+        return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))

@@ -1,0 +1,104 @@
+"""RoBERTa (Liu et al. 2019) as a masked language model: encoder, language-model head, tied output embedding."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from train_then_compress.config import RobertaConfig
+from train_then_compress.data.prepare import PAD
+from train_then_compress.models.layers import EncoderLayer
+from train_then_compress.models.positions import rotary_angles, sinusoidal
+
+#: fairseq and RoBERTa number positions from padding index + 1.
+_FIRST_POSITION = PAD + 1
+
+
+class Encoder(nn.Module):
+    """Token ids to hidden states.
+
+    As in fairseq, the embeddings are normalized before the first layer, and pre-norm adds a last normalization.
+    """
+
+    positions: Tensor
+    cosine: Tensor
+    sine: Tensor
+
+    def __init__(self, config: RobertaConfig, vocab_size: int, length: int):
+        super().__init__()
+        self.config, self.length = config, length
+        self.embedding = nn.Embedding(vocab_size, config.width, padding_idx=PAD)
+        if config.positions == "learned":
+            self.positions = nn.Parameter(torch.empty(length, config.width))
+        elif config.positions == "sinusoidal":
+            self.register_buffer("positions", sinusoidal(length, config.width, _FIRST_POSITION), persistent=False)
+        else:
+            cosine, sine = rotary_angles(length, config.width // config.heads)
+            self.register_buffer("cosine", cosine, persistent=False)
+            self.register_buffer("sine", sine, persistent=False)
+        self.embedding_norm = nn.LayerNorm(config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.depth))
+        self.final_norm = nn.LayerNorm(config.width) if config.norm == "pre" else nn.Identity()
+
+    def forward(self, tokens: Tensor, padded: bool = True) -> Tensor:
+        """int64 [batch, length <= self.length] -> [batch, length, width].
+
+        ``padded=False`` promises that no padding is among the tokens, and spares the attention mask.
+        """
+        length = tokens.shape[1]
+        x = self.embedding(tokens)
+        rotation = None
+        if self.config.positions == "rotary":
+            rotation = self.cosine[:length], self.sine[:length]
+        else:
+            x = x + self.positions[:length]
+        x = self.dropout(self.embedding_norm(x))
+        bias = None
+        if padded:
+            bias = torch.zeros_like(tokens, dtype=x.dtype).masked_fill(tokens == PAD, -math.inf)[:, None, None, :]
+        for layer in self.layers:
+            x = layer(x, bias, rotation)
+        normalized: Tensor = self.final_norm(x)
+        return normalized
+
+
+class MaskedLM(nn.Module):
+    """The encoder with RoBERTa's head; logits are computed at the asked-for positions only."""
+
+    def __init__(self, config: RobertaConfig, vocab_size: int, length: int):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config, vocab_size, length)
+        self.head = nn.Linear(config.width, config.width)
+        self.head_norm = nn.LayerNorm(config.width)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+        initialize(self)
+
+    def forward(self, tokens: Tensor, where: Tensor, padded: bool = True) -> Tensor:
+        """``tokens`` int64 [batch, length], ``where`` int64 [n] into the flattened batch -> logits [n, vocabulary]."""
+        hidden = self.encoder(tokens, padded).flatten(0, 1).index_select(0, where)
+        return F.linear(self.head_norm(F.gelu(self.head(hidden))), self.encoder.embedding.weight, self.bias)
+
+
+def initialize(model: MaskedLM) -> None:
+    """Normal weights of standard deviation 1/sqrt(inputs), at most 0.05; residual outputs scaled by depth.
+
+    The 1/sqrt(2 * depth) keeps the residual stream's variance independent of depth (Radford et al. 2019, section 2.3).
+    """
+    config = model.config
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            deviation = min(0.05, 1 / math.sqrt(module.in_features))
+            if name.endswith(("attention.output", "feed_forward.outer")):
+                deviation /= math.sqrt(2 * config.depth)
+            nn.init.normal_(module.weight, std=deviation)
+            nn.init.zeros_(module.bias)
+    nn.init.normal_(model.encoder.embedding.weight, std=0.02)
+    if config.positions == "learned":
+        nn.init.normal_(model.encoder.positions, std=0.02)
+    with torch.no_grad():
+        model.encoder.embedding.weight[PAD].zero_()

@@ -1,0 +1,39 @@
+"""What a stored point costs: bytes on disk, parameters, counted FLOPs, measured speed, distance from dense weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from train_then_compress.compression.compressed import weight_errors
+from train_then_compress.cost.flops import MaskedLMFlops
+from train_then_compress.cost.latency import encoder_speed
+from train_then_compress.models.roberta import MaskedLM
+
+
+def costs(dense: MaskedLM, stored: MaskedLM, flops: MaskedLMFlops, packed: Path, pretrained: Path) -> dict[str, Any]:
+    """The cost columns of a result row (see `analysis.table.COLUMNS`).
+
+    ``stored`` holds the weights that the file ``packed`` gave back; ``pretrained`` is the dense stage's directory.
+    Embeddings are the token embedding and a learned position table.
+    """
+    stored.cpu()
+    weights = {name: parameter.detach() for name, parameter in stored.named_parameters()}
+    nonzero = {name: int(weight.count_nonzero()) for name, weight in weights.items()}
+    embeddings = [name for name in weights if name in ("encoder.embedding.weight", "encoder.positions")]
+    parameters = sum(weight.numel() for weight in weights.values())
+    total, errors = weight_errors({n: p.detach().cpu() for n, p in dense.named_parameters()}, weights)
+    return {
+        "bytes": packed.stat().st_size,
+        "bytes_fp32": (pretrained / "model.safetensors").stat().st_size,
+        "bytes_bf16": (pretrained / "packed.safetensors").stat().st_size,
+        "parameters": parameters,
+        "parameters_without_embeddings": parameters - sum(weights[name].numel() for name in embeddings),
+        "nonzero": sum(nonzero.values()),
+        "nonzero_without_embeddings": sum(nonzero.values()) - sum(nonzero[name] for name in embeddings),
+        "flops_per_token": flops.dense_per_token(),
+        "flops_per_token_nonzero": flops.nonzero_per_token(nonzero),
+        **encoder_speed(stored.encoder, flops.length, flops.vocab_size),
+        "weight_error": total,
+        "weight_errors": errors,
+    }

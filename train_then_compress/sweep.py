@@ -1,0 +1,184 @@
+"""`ttc run`: compose and validate every cell with Hydra, then run each unfinished one in a process of its own.
+
+Hydra is called twice. The first pass composes all cells and runs nothing, so that a mistake in the last cell is
+reported before the first has started. The second pass goes through the launcher that the user chose; its task
+function starts the child process. Neither imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from train_then_compress.config import Config, ConfigError, conf_directory
+from train_then_compress.cost import machine
+from train_then_compress.data.corpora import CorpusError
+from train_then_compress.data.prepare import prepare
+from train_then_compress.records import Plan, RunDirectory, plan, read_json
+
+_ONLY_HYDRA = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--version"}
+_INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the sweep: its config, its plan, its directory."""
+
+    config: Config
+    plan: Plan
+    directory: RunDirectory
+
+    @property
+    def done(self) -> bool:
+        """Whether every recipe asked for stands."""
+        return self.directory.is_done(self.plan)
+
+
+def run(arguments: list[str]) -> int:
+    """Do what ``ttc run`` was told; returns the exit status (0: every cell is done)."""
+    if any(argument.split("=")[0] in _ONLY_HYDRA for argument in arguments):
+        _hydra(arguments, lambda composed: None)
+        return 0
+    configs, errors = compose(arguments)
+    if errors:
+        print("\n".join(f"error: {error}" for error in errors), file=sys.stderr)
+        return 2
+    try:
+        cells = locate(configs)
+    except (ConfigError, CorpusError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    waiting = [cell for cell in cells if not cell.done]
+    study = cells[0].directory.path.parent
+    print(f"{study}: {len(cells)} runs, {len(cells) - len(waiting)} done" + ("" if waiting else "; nothing to do"))
+    if waiting:
+        _hydra(arguments, launch)
+    return _summarize(cells)
+
+
+def prepare_only(arguments: list[str]) -> int:
+    """Prepare the corpora that a configuration names, and say what they are."""
+    configs, errors = compose(arguments)
+    try:
+        for config in configs:
+            record = prepare(config.data, Path(config.paths.cache)).record
+            counts = ", ".join(f"{split} {count['tokens']:,}" for split, count in record["splits"].items())
+            print(f"{config.data.name}: tokens {counts}; vocabulary {record['vocab_size']:,}; {record['licence']}")
+    except (ConfigError, CorpusError) as error:
+        errors.append(str(error))
+    print("".join(f"error: {error}\n" for error in errors), end="", file=sys.stderr)
+    return 2 if errors else 0
+
+
+def compose(arguments: list[str]) -> tuple[list[Config], list[str]]:
+    """Every cell's validated config, each once, and what is wrong with the others, in words."""
+    configs: dict[str, Config] = {}
+    errors: list[str] = []
+
+    def collect(composed: DictConfig) -> None:
+        try:
+            config = resolve(composed)
+            configs[repr(config)] = config
+        except ConfigError as error:
+            if str(error) not in errors:
+                errors.append(str(error))
+
+    here = [argument for argument in arguments if not argument.startswith(("hydra/launcher", "hydra.launcher"))]
+    with tempfile.TemporaryDirectory() as nowhere:
+        _hydra([*here, f"hydra.run.dir={nowhere}", f"hydra.sweep.dir={nowhere}"], collect)
+    return list(configs.values()), errors
+
+
+def resolve(composed: DictConfig) -> Config:
+    """The config with everything that depends on this machine filled in (threads, dtype, absolute paths)."""
+    values: Any = OmegaConf.to_container(composed, resolve=True)
+    values.pop("experiment", None)
+    config = Config.build(values)
+    runtime = config.runtime
+    cores = len(machine.usable_cores())
+    if runtime.threads * runtime.processes > cores:
+        raise ConfigError(f"runtime.threads={runtime.threads}: with {runtime.processes} processes at most "
+                          f"{cores // runtime.processes} of the {cores} usable cores")  # fmt: skip
+    dtype = runtime.dtype
+    if dtype == "auto":
+        dtype = "bf16" if runtime.device == "cuda" or machine.cpu_has_bf16() else "fp32"
+    threads = runtime.threads or max(1, cores // runtime.processes)
+    paths = dataclasses.replace(
+        config.paths, runs=str(Path(config.paths.runs).absolute()), cache=str(Path(config.paths.cache).absolute())
+    )
+    return dataclasses.replace(config, runtime=dataclasses.replace(runtime, dtype=dtype, threads=threads), paths=paths)
+
+
+def locate(configs: list[Config]) -> list[Cell]:
+    """Prepare each corpus once and name each cell's stages and directory."""
+    prepared: dict[str, str] = {}
+    cells = []
+    for config in configs:
+        corpus = repr(config.data)
+        if corpus not in prepared:
+            prepared[corpus] = prepare(config.data, Path(config.paths.cache)).id
+        planned = plan(config, prepared[corpus], machine.identity())
+        cells.append(Cell(config, planned, RunDirectory(Path(config.paths.runs) / config.study / planned.run_name)))
+    return cells
+
+
+def launch(composed: DictConfig) -> None:
+    """Hydra's task function: run one cell in a fresh process and wait for it; a finished one is left alone."""
+    (cell,) = locate([resolve(composed)])
+    if cell.done:
+        return
+    print(f"{cell.directory.path.name}", flush=True)
+    processes = cell.config.runtime.processes
+    start = [sys.executable, "-m"]
+    if processes > 1:
+        start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    command = [*start, "train_then_compress.run", json.dumps(dataclasses.asdict(cell.config))]
+    child = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": str(cell.config.runtime.threads)})
+    if _wait(child) in (_INTERRUPTED, -signal.SIGINT, -signal.SIGTERM):
+        sys.exit(_INTERRUPTED)
+
+
+def _wait(child: subprocess.Popen[bytes]) -> int:
+    """Wait for a child, handing on SIGTERM; SIGINT reaches it from the terminal. Either makes it write a checkpoint."""
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM:
+            child.terminate()
+
+    earlier = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return child.wait()
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def _summarize(cells: list[Cell]) -> int:
+    """Say which cells are not done and why; 0 where all are."""
+    missing = [cell for cell in cells if not cell.done]
+    for cell in missing:
+        failure = read_json(cell.directory.path / "failure.json") or {"reason": "see above"}
+        print(f"not done: {cell.directory.path}: {failure['reason']}", file=sys.stderr)
+    return 1 if missing else 0
+
+
+def _hydra(arguments: list[str], task: Callable[[DictConfig], None]) -> None:
+    """Run a task function under Hydra's own command line, ``arguments`` unchanged."""
+    kept, sys.argv = sys.argv, ["ttc run", *arguments]
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name="config")(task)()
+    finally:
+        sys.argv = kept

@@ -1,0 +1,1 @@
+"""Tasks: what a model is trained and judged on, in the form that the training loop asks for."""

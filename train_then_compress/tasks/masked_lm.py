@@ -1,0 +1,104 @@
+"""Masked language modelling as a task."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from train_then_compress.config import Config
+from train_then_compress.cost.flops import MaskedLMFlops
+from train_then_compress.data.masked import MaskedBatch, Sequences, TrainingBatches, evaluation_batch
+from train_then_compress.data.prepare import PAD, Prepared
+from train_then_compress.evaluation.perplexity import masked_lm_facts, masked_lm_sums
+from train_then_compress.models.roberta import MaskedLM
+from train_then_compress.training import parallel
+from train_then_compress.training.task import Counts, Quality
+
+
+@dataclass(frozen=True)
+class Part:
+    """``tokens`` [sequences, length], ``where`` [n] into them, flattened, ``targets`` [n]; on the task's device."""
+
+    tokens: Tensor
+    where: Tensor
+    targets: Tensor
+    padded: bool
+
+
+class MaskedLMTask:
+    """Batches, loss and evaluation of a masked LM on a prepared corpus.
+
+    Quality is masked-token accuracy (the value recovery looks at); loss and perplexity are among its facts.
+    ``seed`` orders and masks the training batches.
+    """
+
+    def __init__(self, config: Config, prepared: Prepared, seed: int):
+        self.config, self.vocab_size = config, prepared.vocab_size
+        self.device = torch.device(config.runtime.device)
+        length = config.data.sequence_length
+        self._training = Sequences(prepared, "train", length, config.data.fraction)
+        self.batch = self._batches(seed)
+        self._splits = {split: Sequences(prepared, split, length) for split in ("valid", "test")}
+        self.flops = MaskedLMFlops(config.model, prepared.vocab_size, length)
+
+    def _batches(self, seed: int) -> TrainingBatches:
+        return TrainingBatches(self._training, self.config.optimizer.batch_size, self.config.task.mask_rate, seed)
+
+    def with_seed(self, seed: int) -> Self:
+        """The same task with its training batches drawn from another seed."""
+        other = copy.copy(self)
+        other.batch = self._batches(seed)
+        return other
+
+    def new_model(self) -> MaskedLM:
+        """A model initialized from the config's seed."""
+        torch.manual_seed(self.config.seed)
+        return MaskedLM(self.config.model, self.vocab_size, self.config.data.sequence_length).to(self.device)
+
+    def counts(self, batch: MaskedBatch) -> Counts:
+        """Training FLOPs over all positions, padding included; tokens without padding."""
+        flops = self.flops.training(batch.tokens.size, len(batch.targets))
+        return Counts(flops, int((batch.tokens != PAD).sum()))
+
+    def parts(self, batch: MaskedBatch, rank: int, ranks: int, micro_batch: int) -> Iterator[Part]:
+        """The rank's sequences in pieces."""
+        share = len(batch.tokens) // ranks
+        size = micro_batch or share
+        before = np.concatenate([[0], batch.masked.sum(axis=1).cumsum()])
+        for start in range(rank * share, (rank + 1) * share, size):
+            yield self._part(batch, slice(start, start + size), before)
+
+    def _part(self, batch: MaskedBatch, rows: slice, before: np.ndarray) -> Part:
+        tokens = batch.tokens[rows]
+        where = torch.from_numpy(np.flatnonzero(batch.masked[rows]))
+        targets = torch.from_numpy(batch.targets[before[rows.start] : before[rows.start + len(tokens)]])
+        padded = bool((tokens[:, -1] == PAD).any())  # padding stands at the end
+        return Part(
+            torch.from_numpy(tokens).to(self.device), where.to(self.device), targets.to(self.device), padded
+        )  # fmt: skip
+
+    def loss(self, model: nn.Module, part: Part) -> tuple[Tensor, int]:
+        """Summed cross-entropy at the masked positions, and their number."""
+        logits = model(part.tokens, part.where, part.padded)
+        return F.cross_entropy(logits.float(), part.targets, reduction="sum"), len(part.targets)
+
+    def evaluate(self, model: nn.Module, split: str) -> Quality:
+        """Quality on fixed 15 % masks; the ranks share the work."""
+        evaluation = self.config.evaluation
+        limit = evaluation.validation_sequences if split == "valid" else evaluation.test_sequences
+        batch = evaluation_batch(self._splits[split], limit)
+        before = np.concatenate([[0], batch.masked.sum(axis=1).cumsum()])
+        starts = range(
+            parallel.rank() * evaluation.batch_size, len(batch.tokens), parallel.ranks() * evaluation.batch_size
+        )
+        pieces = (self._part(batch, slice(start, start + evaluation.batch_size), before) for start in starts)
+        sums = masked_lm_sums(model, ((piece.tokens, piece.where, piece.targets) for piece in pieces))
+        facts = masked_lm_facts(*parallel.sum_over_ranks(sums, self.device))
+        return Quality("accuracy", facts["accuracy"], higher_is_better=True, facts=facts)

@@ -1,0 +1,1 @@
+"""Watching a run: ``metrics.jsonl``, the progress display, Weights & Biases. Knows no torch."""
