@@ -325,9 +325,12 @@ def test_the_config_beside_a_run_is_read_back(tmp_path: Path) -> None:
 def test_a_run_is_done_when_every_point_asked_for_stands(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
     small, large = planned({"recipes": ["none"]}), planned({"recipes": ["none", "quant4"]})
+    for loss in (2.0, 1.0):
+        assert not directory.is_done(small)
+        append_row(tmp_path / "points.jsonl", {"point": small.points["none"], "recipe": "none", "loss": loss})
     assert not directory.is_done(small)
     write_json(tmp_path / "result.json", {"points": small.points})
     assert directory.is_done(small) and not directory.is_done(large)
-    for loss in (2.0, 1.0):
-        append_row(tmp_path / "points.jsonl", {"point": "p", "loss": loss})
-    assert directory.points() == {"p": {"point": "p", "loss": 1.0}}
+    assert [row["loss"] for row in directory.points().values()] == [1.0]
+    append_row(tmp_path / "points.jsonl", {"point": large.points["quant4"], "recipe": "quant4", "loss": 1.5})
+    assert directory.is_done(large)

@@ -251,5 +251,3 @@ def test_without_wandb_training_goes_on_with_a_warning(
     done = ttc("run", *common, "study=plain", "tracker=wandb", "budget.value=3", "optimizer.warmup=0", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "wandb" in done.stderr.lower()
-
-

@@ -45,25 +45,29 @@ def table(
 
 
 @app.command()
-def figures(study: Study, runs: Runs = Path("runs"), out: Annotated[Path | None, typer.Option()] = None) -> None:
+def figures(
+    study: Study,
+    runs: Runs = Path("runs"),
+    out: Annotated[Path | None, typer.Option(help="Where to (default: figures/ in the study).")] = None,
+) -> None:
     """Draw convergence and quality against cost, as SVG and PNG."""
-    from train_then_compress.analysis.figures import draw_study
+    from train_then_compress.analysis.figures import draw
+    from train_then_compress.analysis.table import load_study
 
-    for path in draw_study(_directory(study, runs), out):
+    directory = _directory(study, runs)
+    loaded = load_study(directory)
+    for path in draw(loaded, out or directory / "figures"):
         typer.echo(path)
+    for line in loaded.missing:
+        typer.echo(line, err=True)
 
 
 @app.command()
-def track(
-    study: Study,
-    runs: Runs = Path("runs"),
-    mode: Annotated[str, typer.Option(help="offline or online.")] = "offline",
-) -> None:
-    """Replay every run's recorded history into Weights & Biases, one run each."""
-    from train_then_compress.config import TrackerConfig
-    from train_then_compress.tracking.wandb_tracker import track_study
+def track(study: Study, runs: Runs = Path("runs")) -> None:
+    """Replay every run's recorded history, and the study's frontier, into offline Weights & Biases runs."""
+    from train_then_compress import sweep
 
-    for name in track_study(_directory(study, runs), TrackerConfig(name="wandb", mode=mode)):  # type: ignore[arg-type]
+    for name in sweep.track(_directory(study, runs)):
         typer.echo(name)
 
 

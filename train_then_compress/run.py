@@ -71,7 +71,8 @@ class Run:
         """`work` with the tracker: rows as they come when online; when offline the whole history at the end."""
         study, tracker = self.config.study, self.config.tracker
         if parallel.rank() != 0:
-            return self.work()
+            self.work()
+            return
         with LiveTracker(self.directory.path, study, tracker, self.directory.path.parent) as live:
             self.metrics.listeners.append(live)
             self.work()
@@ -96,6 +97,7 @@ class Run:
         weights = self.directory.stage(key) / "model.safetensors"
         if self.directory.stage_record(key) is not None:
             model.load_state_dict(load_file(weights))
+            self._warn_of_missing_milestones()
             return model
         training = Training(
             budget=config.budget, optimizer=config.optimizer, rate=schedule(config.optimizer),
@@ -122,6 +124,13 @@ class Run:
         parallel.wait_for_all()
         return model
 
+    def _warn_of_missing_milestones(self) -> None:
+        for progress in self.config.checkpoint.keep_at:
+            try:
+                milestone_path(self.directory.checkpoints(self.plan.pretrain), progress)
+            except CheckpointError as error:
+                logging.warning("%s; this run was trained without it: delete its directory to train it again", error)
+
     def _branch(self) -> Snapshot | None:
         """The milestone that this run starts from; raises `ConfigError` where its clock is past the constant phase."""
         branch, budget = self.config.branch_from, self.config.budget
@@ -134,8 +143,8 @@ class Run:
         snapshot = read_checkpoint(milestone_path(stages[0], float(progress)))
         spent = snapshot.clock.progress(budget)
         if spent > 1 - self.config.optimizer.cooldown:
-            raise reject("budget.value", budget.value, f"already spent to {spent:.0%} at branch_from={branch}; the cooldown "
-                         f"needs the last {self.config.optimizer.cooldown:.0%}")  # fmt: skip
+            raise reject("budget.value", budget.value, f"already spent to {spent:.0%} at branch_from={branch}; "
+                         f"the cooldown needs the last {self.config.optimizer.cooldown:.0%}")  # fmt: skip
         return snapshot
 
     def make_point(self, model: MaskedLM, recipe: str, chain: list[StageKey]) -> dict[str, Any]:
@@ -151,12 +160,13 @@ class Run:
         if parallel.rank() == 0:
             atomic_write(path, pack(compressed, torch.bfloat16, {"recipe": recipe, "point": self.plan.points[recipe]}))
         parallel.wait_for_all()
-        stored = unpack(path, self.task.new_model())
-        quality = self.task.evaluate(stored.model, "test")
+        stored = self.task.new_model()
+        unpack(path, stored)
+        quality = self.task.evaluate(stored, "test")
         row: dict[str, Any] = {"point": self.plan.points[recipe], "recipe": recipe, "stage": last.directory}
         if parallel.rank() == 0:
             row |= {f"test_{name}": value for name, value in quality.facts.items()}
-            row |= costs(model, stored.model, self.task.flops, path, pretrained) | self._spent(chain)
+            row |= costs(model, stored, self.task.flops, path, pretrained) | self._spent(chain)
             perplexity = quality.facts["perplexity"]
             print(f"  {recipe}: test perplexity {perplexity:.2f}, {row['bytes']:,} bytes", flush=True)
         parallel.wait_for_all()

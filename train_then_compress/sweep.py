@@ -23,7 +23,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from train_then_compress.config import Config, ConfigError, conf_directory
+from train_then_compress.config import Config, ConfigError, TrackerConfig, conf_directory
 from train_then_compress.cost import machine
 from train_then_compress.data.corpora import CorpusError
 from train_then_compress.data.prepare import prepare
@@ -66,6 +66,9 @@ def run(arguments: list[str]) -> int:
     print(f"{study}: {len(cells)} runs, {len(cells) - len(waiting)} done" + ("" if waiting else "; nothing to do"))
     if waiting:
         _hydra(arguments, launch)
+        tracker = cells[0].config.tracker
+        if tracker.name == "wandb" and tracker.mode != "disabled":
+            _track_frontier(study, tracker)
     return _summarize(cells)
 
 
@@ -173,6 +176,25 @@ def _summarize(cells: list[Cell]) -> int:
         failure = read_json(cell.directory.path / "failure.json") or {"reason": "see above"}
         print(f"not done: {cell.directory.path}: {failure['reason']}", file=sys.stderr)
     return 1 if missing else 0
+
+
+def track(study: Path) -> list[str]:
+    """Replay a study into offline W&B runs, one for each run and one for its frontier; their names."""
+    from train_then_compress.tracking.wandb_tracker import track_study
+
+    tracker = TrackerConfig(name="wandb", mode="offline")
+    names = track_study(study, tracker)
+    _track_frontier(study, tracker)
+    return names
+
+
+def _track_frontier(study: Path, tracker: TrackerConfig) -> None:
+    from train_then_compress.analysis.table import load_study
+    from train_then_compress.tracking.wandb_tracker import log_frontier
+
+    points = load_study(study).points
+    rows = json.loads(points[points["frontier"].fillna(False).astype(bool)].to_json(orient="records"))
+    log_frontier(study, rows, tracker)
 
 
 def _hydra(arguments: list[str], task: Callable[[DictConfig], None]) -> None:

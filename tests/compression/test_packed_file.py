@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from train_then_compress.compression.compressed import Compressed, matrices
@@ -26,8 +23,9 @@ from train_then_compress.models.roberta import MaskedLM
 VOCABULARY, LENGTH = 90, 16
 SHAPE = RobertaConfig(depth=2, width=32, head_size=16)
 QUANT: list[Any] = [
-    None, *(Quant(symmetric=s, granularity=g) for s, g in itertools.product([True, False], ["tensor", "channel", "group"])),
-]  # type: ignore[arg-type]  # fmt: skip
+    None,
+    *(Quant(symmetric=s, granularity=g) for s in (True, False) for g in ("tensor", "channel", "group")),
+]
 
 
 def by_hand(codes: list[int], bits: int) -> bytes:
@@ -36,9 +34,9 @@ def by_hand(codes: list[int], bits: int) -> bytes:
     return number.to_bytes((len(codes) * bits + 7) // 8, "little")
 
 
-@given(st.integers(1, 8).flatmap(lambda bits: st.tuples(st.just(bits), st.lists(st.integers(0, 2**bits - 1), max_size=70))))
-def test_bits_are_packed_without_gaps(case: tuple[int, list[int]]) -> None:
-    bits, codes = case
+@given(st.integers(1, 8), st.lists(st.integers(0, 255), max_size=70))
+def test_bits_are_packed_without_gaps(bits: int, numbers: list[int]) -> None:
+    codes = [number % 2**bits for number in numbers]
     tensor = torch.tensor(codes, dtype=torch.uint8)
     packed = pack_bits(tensor, bits)
     assert packed.dtype == torch.uint8 and bytes(packed.tolist()) == by_hand(codes, bits)
@@ -77,6 +75,10 @@ def logits_of(model: torch.nn.Module) -> Tensor:
     return result
 
 
+def assert_same_content(content: bytes, path: Path) -> None:
+    assert content == path.read_bytes()
+
+
 @pytest.mark.parametrize("bits", [8, 6, 4, 3, 2])
 @pytest.mark.parametrize("quant", QUANT, ids=lambda q: f"{q.granularity}-{q.symmetric}" if q else "float")
 @pytest.mark.parametrize("sparsity", [0, 0.15, 0.6, 0.9])
@@ -92,12 +94,12 @@ def test_the_same_weights_and_logits_come_back(tmp_path: Path, sparsity: float, 
     assert back.codes.keys() == compressed.codes.keys() and back.masks.keys() <= compressed.masks.keys()
     assert all(torch.equal(mask, compressed.masks[name]) for name, mask in back.masks.items())
     assert bool(back.masks) == bool(sparsity) or quant
-    assert pack(back, torch.float32, {}) == path.read_bytes()
+    assert_same_content(pack(back, torch.float32, {}), path)
 
 
 @pytest.mark.parametrize("quant", [None, Quant()])
 @pytest.mark.parametrize("sparsity", [0, 0.6])
-def test_in_bf16_what_is_not_quantized_is_rounded_and_no_more(tmp_path: Path, sparsity: float, quant: Quant | None) -> None:
+def test_in_bf16_the_rest_is_rounded_and_no_more(tmp_path: Path, sparsity: float, quant: Quant | None) -> None:
     compressed = compressed_model(sparsity, 4, quant)
     path = tmp_path / "packed.safetensors"
     path.write_bytes(pack(compressed, torch.bfloat16, {}))
@@ -105,20 +107,41 @@ def test_in_bf16_what_is_not_quantized_is_rounded_and_no_more(tmp_path: Path, sp
     for name, parameter in compressed.model.named_parameters():
         expected = parameter if name in compressed.codes else parameter.bfloat16().float()
         assert torch.equal(dict(back.model.named_parameters())[name], expected), name
-    assert pack(back, torch.bfloat16, {}) == path.read_bytes()
+    assert_same_content(pack(back, torch.bfloat16, {}), path)
 
 
-def test_masks_are_stored_beside_codes_where_that_saves_space(tmp_path: Path) -> None:
-    for sparsity, bits, stored in ((0.15, 4, False), (0.3, 4, True), (0.3, 3, False), (0.6, 2, True), (0.45, 2, False)):
-        path = tmp_path / "packed.safetensors"
-        compressed = compressed_model(sparsity, bits, Quant())
-        path.write_bytes(pack(compressed, torch.bfloat16, {}))
-        with safe_open(path, "pt") as file:
-            keys = set(file.keys())
-            assert ("encoder.embedding.weight:mask" in keys) == stored
-            codes = file.get_tensor("head.weight:codes")
-        kept = 32 * 32 - round(32 * 32 * sparsity) if stored else 32 * 32
-        assert len(codes) == -(-kept * bits // 8)
+def stored_bytes(compressed: Compressed, path: Path) -> int:
+    """Write a packed file; what its tensors take."""
+    path.write_bytes(pack(compressed, torch.bfloat16, {}))
+    return sum(tensor.nbytes for tensor in load(path.read_bytes()).values())
+
+
+@pytest.mark.parametrize(
+    "sparsity, bits, masked", [(0.15, 4, False), (0.3, 4, True), (0.3, 3, False), (0.6, 2, True), (0.45, 2, False)]
+)
+def test_masks_are_stored_beside_codes_where_that_saves_space(
+    tmp_path: Path, sparsity: float, bits: int, masked: bool
+) -> None:
+    compressed = compressed_model(sparsity, bits, Quant())
+    expected = 0
+    for name, parameter in compressed.model.named_parameters():
+        n = parameter.numel()
+        if name not in compressed.codes:
+            expected += 2 * n
+        elif masked:
+            expected += n // 8 + -(-(n - round(sparsity * n)) * bits // 8) + 2 * n // 32
+        else:
+            expected += n * bits // 8 + 2 * n // 32
+    stored = stored_bytes(compressed, tmp_path / "packed.safetensors")
+    assert stored == expected
+    assert bool(unpack(tmp_path / "packed.safetensors", new_model()).masks) == masked
+
+
+def test_a_sparse_file_is_a_bit_a_weight_and_the_kept_values(tmp_path: Path) -> None:
+    compressed = compressed_model(0.75, 0, None)
+    sizes = {name: parameter.numel() for name, parameter in compressed.model.named_parameters()}
+    expected = sum(n // 8 + 2 * n // 4 if name in compressed.masks else 2 * n for name, n in sizes.items())
+    assert stored_bytes(compressed, tmp_path / "packed.safetensors") == expected
 
 
 def content_bytes(compressed: Compressed, bits: int, group: int) -> int:
@@ -132,11 +155,14 @@ def content_bytes(compressed: Compressed, bits: int, group: int) -> int:
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_a_file_is_as_large_as_what_it_must_hold(tmp_path: Path, bits: int, symmetric: bool) -> None:
-    """A model of a million parameters: 4 bits cost at most 5 % more than codes, scales and the rest, header included."""
-    model = new_model(0, RobertaConfig(depth=3, width=160, head_size=32), 1024)
+@pytest.mark.parametrize("depth, width, vocabulary", [(3, 160, 1024), (24, 64, 4096)])
+def test_a_file_is_as_large_as_what_it_must_hold(
+    tmp_path: Path, depth: int, width: int, vocabulary: int, bits: int, symmetric: bool
+) -> None:
+    """A million parameters: 4 bits cost at most 5 % more than codes, scales and the rest, header included."""
+    model = new_model(0, RobertaConfig(depth=depth, width=width, head_size=32), vocabulary)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    assert 1_000_000 < parameters < 1_200_000
+    assert 1_000_000 < parameters < 1_500_000
     compressed = Compressed(model)
     with torch.no_grad():
         for name, weight in matrices(model, True).items():
@@ -144,31 +170,17 @@ def test_a_file_is_as_large_as_what_it_must_hold(tmp_path: Path, bits: int, symm
     path = tmp_path / "packed.safetensors"
     path.write_bytes(pack(compressed, torch.bfloat16, {"recipe": f"quant{bits}"}))
     content = content_bytes(compressed, bits, 32)
-    zeros = 0 if symmetric else sum(codes.zero.numel() for codes in compressed.codes.values())
+    zeros = 0 if symmetric else sum(codes.zero.numel() * bits // 8 for codes in compressed.codes.values())
     size = path.stat().st_size
-    assert content < size <= 1.05 * content + zeros and size <= content + zeros + 16_000
+    assert content < size <= 1.05 * content and size <= content + zeros + 3_000
     dense = len(pack(Compressed(model), torch.bfloat16, {}))
-    assert 2 * parameters < dense < 2.01 * parameters
+    assert 2 * parameters < dense < 2 * parameters + 3_000
 
 
-def test_a_sparse_file_is_a_bit_a_weight_and_the_kept_values(tmp_path: Path) -> None:
-    compressed = compressed_model(0.75, 0, None)
-    path = tmp_path / "packed.safetensors"
-    path.write_bytes(pack(compressed, torch.bfloat16, {}))
-    with safe_open(path, "pt") as file:
-        assert file.get_tensor("head.weight:mask").shape == (32 * 32 // 8,)
-        values = file.get_tensor("head.weight:values")
-        assert values.dtype == torch.bfloat16 and values.shape == (256,)
-        assert "head.weight" not in file.keys() and "head.bias" in file.keys()  # noqa: SIM118 (not a mapping)
-
-
-def test_metadata_say_what_it_is(tmp_path: Path) -> None:
+def test_facts_are_read_without_the_weights(tmp_path: Path) -> None:
     path = tmp_path / "packed.safetensors"
     path.write_bytes(pack(compressed_model(0.3, 4, Quant()), torch.bfloat16, {"recipe": "prune30+quant4", "n": 3}))
     assert facts(path) == {"recipe": "prune30+quant4", "n": 3}
-    with safe_open(path, "pt") as file:
-        layout = json.loads(file.metadata()["layout"])
-    assert layout["head.weight"] == [4, 32, 32] and "head.bias" not in layout
 
 
 def test_a_foreign_file_and_another_shape_are_refused(tmp_path: Path) -> None:
@@ -178,6 +190,7 @@ def test_a_foreign_file_and_another_shape_are_refused(tmp_path: Path) -> None:
         unpack(path, new_model())
     for compressed in (Compressed(new_model()), compressed_model(0.3, 4, Quant()), compressed_model(0.3, 4, None)):
         path.write_bytes(pack(compressed, torch.bfloat16, {}))
-        for other in (RobertaConfig(depth=2, width=48, head_size=16), RobertaConfig(depth=3, width=32, head_size=16)):
+        for depth, width in ((2, 48), (3, 32), (1, 32)):
+            other = RobertaConfig(depth=depth, width=width, head_size=16)
             with pytest.raises(ValueError, match=r"packed\.safetensors .*another shape"):
                 unpack(path, new_model(config=other))

@@ -38,7 +38,7 @@ def grouped(weight: Tensor, granularity: str) -> Tensor:
 
 
 def reference(weight: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """torch's quantization of the rows of ``weight``: values, scales and zero points (float16 scales, as we store them)."""
+    """torch's quantization of the rows of ``weight``: values, scales (in float16, as we store them) and zero points."""
     low, high = (-(2 ** (bits - 1)) + 1, 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
     dtype = torch.qint8 if symmetric else torch.quint8
     with warnings.catch_warnings():

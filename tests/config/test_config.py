@@ -116,7 +116,7 @@ RECIPES: list[tuple[dict[str, Any], str]] = [
     ({"recipes": ["prune0"]}, "recipes: pruning 0 %: must lie between 1 and 99 per cent"),
     ({"recipes": ["prune100"]}, "recipes: pruning 100 %: must lie between 1 and 99 per cent"),
     ({"recipes": ["oneshot100"]}, "recipes: pruning 100 %: must lie between 1 and 99 per cent"),
-    ({"recipes": ["none", "squash4"]}, "'squash4': unknown method 'squash'; known are oneshot, prune, quant"),
+    ({"recipes": ["none", "squash4"]}, "'squash4': unknown method 'squash'; known are " + ", ".join(sorted(STEPS))),
     ({"recipes": ["quant"]}, "recipes: 'quant': 'quant' is not a method and a strength such as quant4"),
     ({"recipes": ["4quant"]}, "'4quant' is not a method and a strength"),
     ({"recipes": ["prune60+"]}, "recipes: 'prune60+': '' is not a method and a strength"),
@@ -233,7 +233,9 @@ def yaml_files(*groups: str) -> list[Any]:
     return [pytest.param(path, id=f"{path.parent.name}/{path.stem}") for path in sorted(paths)]
 
 
-GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in ("experiment", "steps"))
+GROUPS = sorted(
+    {path.name for path in CONF.iterdir()} & {field.name for field in dataclasses.fields(Config)} - {"steps"}
+)
 
 
 @pytest.mark.parametrize("path", yaml_files(*GROUPS))
@@ -283,6 +285,16 @@ def test_a_group_file_composes_and_is_valid(path: Path) -> None:
     values = composed(f"{group}={path.stem}", *needed)
     assert values[group] == expected
     assert dataclasses.asdict(getattr(Config.build(values), group)) == expected
+
+
+def test_whatever_else_lies_there_is_laid_over_the_whole_config_by_an_experiment() -> None:
+    """Such files are composed and validated with the experiments below."""
+    experiments = [yaml.safe_load(path.read_text()) for path in CONF.glob("experiment/*.yaml")]
+    named = [entry for values in experiments for entry in values.get("defaults", []) if isinstance(entry, dict)]
+    for path in CONF.glob("*/*.yaml"):
+        if path.parent.name not in (*GROUPS, "steps", "experiment"):
+            assert path.read_text().startswith("# @package _global_\n")
+            assert {f"/{path.parent.name}": path.stem} in named
 
 
 def cells(experiment: str) -> list[list[str]]:

@@ -66,11 +66,11 @@ def test_the_expected_number_is_exact(rate: float, available: int) -> None:
 
 def test_eighty_ten_ten() -> None:
     rng = np.random.default_rng(1)
-    tokens = rng.integers(MASK + 1, VOCABULARY, (2000, 128))
+    tokens = rng.integers(MASK + 1, VOCABULARY, (10_000, 128))
     batch = apply_masks(tokens, 0.15, VOCABULARY, rng)
     after = batch.tokens[batch.masked]
     total, ordinary = len(after), VOCABULARY - MASK - 1
-    assert total > 35_000
+    assert total > 180_000
     assert_binomial(int((after == MASK).sum()), total, 0.8)
     assert_binomial(int((after == batch.targets).sum()), total, 0.1 + 0.1 / ordinary)
     swapped = after[(after != MASK) & (after != batch.targets)]

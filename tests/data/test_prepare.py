@@ -61,7 +61,7 @@ def blocks(path: Path) -> list[str]:
 
 def test_every_document_is_in_one_split_and_none_is_lost(prepared: Prepared, text_file: Path) -> None:
     found = {split: documents_of(prepared, split) for split in SPLITS}
-    assert sorted(sum(found.values(), [])) == sorted(set(blocks(text_file)))
+    assert sorted(document for documents in found.values() for document in documents) == sorted(set(blocks(text_file)))
     assert {split: len(documents) for split, documents in found.items()} == {
         split: count["documents"] for split, count in prepared.record["splits"].items()
     }

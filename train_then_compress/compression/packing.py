@@ -1,19 +1,24 @@
 """The packed file: what a compressed model really costs to store.
 
-One safetensors file. For a parameter ``p``:
+One safetensors file of at most five tensors, into which every parameter puts its part, one after the other:
 
-- ``p``: stored whole, in the file's dtype;
-- ``p:mask`` and ``p:values``: pruned; one bit a weight (1 = kept), then the kept weights in the file's dtype;
-- ``p:codes``, ``p:scale`` (float16), ``p:zero`` (uint8, only if it differs within the matrix): quantized, codes packed
-  without gaps; with ``p:mask`` too where leaving out the pruned codes saves more than the mask costs.
+- ``values``: what is not quantized, in the file's dtype; of a pruned parameter the kept weights only;
+- ``masks``: of pruned parameters, one bit a weight (1 = kept);
+- ``codes``: of quantized parameters, packed without gaps; with a mask where leaving out the pruned codes saves more
+  than the mask costs;
+- ``scales`` (float16) and ``zeros`` (packed like the codes) of quantized parameters.
 
-The metadata's ``layout`` gives shape and bits; bits are packed little end first.
+Few tensors, because each costs about 100 bytes of header: as much as a narrow layer's weights in 4 bits. The metadata's
+one key holds the format, the facts and the layout: name, shape, bits, shape of the scales, the zero point where it is
+the same throughout, and whether there is a mask. Parts begin at whole bytes; bits are packed little end first.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import math
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +31,8 @@ from torch import Tensor, nn
 from train_then_compress.compression.compressed import Codes, Compressed
 
 FORMAT = "train_then_compress packed 1"
+_KEY = "packed"
+_PARTS = ("values", "masks", "codes", "scales", "zeros")
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -43,35 +50,31 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
 
 def pack(compressed: Compressed, dtype: torch.dtype, facts: dict[str, Any]) -> bytes:
     """The content of a packed file; ``dtype`` stores everything that is not quantized, ``facts`` go to its metadata."""
-    tensors: dict[str, Tensor] = {}
-    layout: dict[str, list[int]] = {}
+    parts: dict[str, list[Tensor]] = {part: [] for part in _PARTS}
+    layout: dict[str, Any] = {}
     for name, parameter in compressed.model.named_parameters():
-        weight, mask = parameter.detach().cpu(), compressed.masks.get(name)
-        if name in compressed.codes:
-            layout[name] = [compressed.codes[name].bits, *weight.shape]
-            tensors |= _packed_codes(name, compressed.codes[name], None if mask is None else mask.cpu())
-        elif mask is not None:
-            layout[name] = [0, *weight.shape]
-            tensors[f"{name}:mask"] = pack_bits(mask.cpu().to(torch.uint8), 1)
-            tensors[f"{name}:values"] = weight[mask.cpu()].to(dtype)
+        mask, codes = compressed.masks.get(name), compressed.codes.get(name)
+        entry: dict[str, Any] = {"shape": list(parameter.shape)}
+        if mask is not None and (codes is None or codes.bits * int((~mask).sum()) > mask.numel()):
+            mask = mask.cpu()
+            parts["masks"].append(pack_bits(mask.to(torch.uint8), 1))
+            entry["mask"] = True
         else:
-            tensors[name] = weight.to(dtype).contiguous()
-    metadata = {"format": FORMAT, "layout": json.dumps(layout, separators=(",", ":")), "facts": json.dumps(facts)}
-    return save(tensors, metadata)
-
-
-def _packed_codes(name: str, codes: Codes, mask: Tensor | None) -> dict[str, Tensor]:
-    tensors = {f"{name}:scale": codes.scale}
-    if bool((codes.zero != codes.zero.flatten()[0]).any()):
-        tensors[f"{name}:zero"] = codes.zero
-    else:
-        tensors[f"{name}:zero"] = codes.zero.flatten()[:1].clone()
-    if mask is not None and codes.bits * int((~mask).sum()) > mask.numel():
-        tensors[f"{name}:mask"] = pack_bits(mask.to(torch.uint8), 1)
-        tensors[f"{name}:codes"] = pack_bits(codes.codes[mask], codes.bits)
-    else:
-        tensors[f"{name}:codes"] = pack_bits(codes.codes, codes.bits)
-    return tensors
+            mask = torch.ones(parameter.shape, dtype=torch.bool)
+        if codes is None:
+            parts["values"].append(parameter.detach().cpu()[mask].to(dtype))
+        else:
+            parts["codes"].append(pack_bits(codes.codes[mask], codes.bits))
+            parts["scales"].append(codes.scale.flatten())
+            entry |= {"bits": codes.bits, "scales": list(codes.scale.shape)}
+            if bool((codes.zero == codes.zero[0, 0]).all()):
+                entry["zero"] = int(codes.zero[0, 0])
+            else:
+                parts["zeros"].append(pack_bits(codes.zero, codes.bits))
+        layout[name] = entry
+    squeezed = base64.b64encode(zlib.compress(json.dumps(layout).encode(), 9)).decode()
+    metadata = {_KEY: json.dumps({"format": FORMAT, "facts": facts, "layout": squeezed})}
+    return save({part: torch.cat(pieces) for part, pieces in parts.items() if pieces}, metadata)
 
 
 def unpack(path: Path, model: nn.Module) -> Compressed:
@@ -79,46 +82,69 @@ def unpack(path: Path, model: nn.Module) -> Compressed:
 
     Raises `ValueError` for a file that is not in this format or belongs to a model of another shape.
     """
+    layout = json.loads(zlib.decompress(base64.b64decode(_metadata(path)["layout"])))
     with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} is not a packed model of this project ({FORMAT})")
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    layout: dict[str, list[int]] = json.loads(metadata["layout"])
+        take = _Taker({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118 (not a mapping)
+    expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    stored = {name: entry["shape"] for name, entry in layout.items()}
+    if stored != expected:
+        first = next(name for name in {**stored, **expected} if stored.get(name) != expected.get(name))
+        raise ValueError(f"{path} belongs to a model of another shape: {first} is {stored.get(first)} there, "
+                         f"{expected.get(first)} here")  # fmt: skip
     result = Compressed(model)
-    for name, (bits, *shape) in layout.items():
-        if f"{name}:mask" in tensors:
-            result.masks[name] = unpack_bits(tensors[f"{name}:mask"], 1, math.prod(shape)).view(shape).bool()
-        if bits:
-            result.codes[name] = _unpacked_codes(name, bits, shape, tensors, result.masks.get(name))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(_weight(name, tensors, result))
+            entry = layout[name]
+            mask = torch.ones(entry["shape"], dtype=torch.bool)
+            if entry.get("mask"):
+                result.masks[name] = mask = take.bits("masks", 1, mask.numel()).view(entry["shape"]).bool()
+            if "bits" in entry:
+                result.codes[name] = _codes(entry, mask, take)
+                parameter.copy_(result.codes[name].dequantize())
+            else:
+                parameter.copy_(torch.zeros(mask.shape).masked_scatter_(mask, take("values", int(mask.sum())).float()))
     return result
 
 
 def facts(path: Path) -> dict[str, Any]:
     """What was said of a packed file when it was written."""
-    with safe_open(path, framework="pt") as file:
-        said: dict[str, Any] = json.loads(file.metadata()["facts"])
+    said: dict[str, Any] = _metadata(path)["facts"]
     return said
 
 
-def _unpacked_codes(name: str, bits: int, shape: list[int], tensors: dict[str, Tensor], mask: Tensor | None) -> Codes:
-    scale, zero = tensors[f"{name}:scale"], tensors[f"{name}:zero"]
-    zero = zero.view(1, 1).expand(scale.shape) if zero.dim() == 1 else zero
-    packed = tensors[f"{name}:codes"]
-    if mask is None:
-        return Codes(unpack_bits(packed, bits, math.prod(shape)).view(shape), scale, zero, bits)
-    pruned_code = zero.repeat_interleave(shape[1] // zero.shape[1], dim=1).expand(shape)
-    kept = unpack_bits(packed, bits, int(mask.sum()))
+def _metadata(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as file:
+        metadata: dict[str, Any] = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a packed model of this project ({FORMAT})")
+    return metadata
+
+
+def _codes(entry: dict[str, Any], mask: Tensor, take: _Taker) -> Codes:
+    bits, groups = entry["bits"], entry["scales"]
+    kept = take.bits("codes", bits, int(mask.sum()))
+    scale = take("scales", math.prod(groups)).view(groups)
+    if "zero" in entry:
+        zero = torch.full(groups, entry["zero"], dtype=torch.uint8)
+    else:
+        zero = take.bits("zeros", bits, math.prod(groups)).view(groups)
+    pruned_code = zero.repeat_interleave(mask.shape[1] // groups[1], dim=1).expand(mask.shape)
     return Codes(pruned_code.masked_scatter(mask, kept), scale, zero, bits)
 
 
-def _weight(name: str, tensors: dict[str, Tensor], compressed: Compressed) -> Tensor:
-    if name in compressed.codes:
-        return compressed.codes[name].dequantize()
-    if name in compressed.masks:
-        mask = compressed.masks[name]
-        return torch.zeros(mask.shape).masked_scatter_(mask, tensors[f"{name}:values"].float())
-    return tensors[name]
+class _Taker:
+    """Takes each parameter's part from the front of a tensor."""
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        self._tensors, self._places = tensors, dict.fromkeys(tensors, 0)
+
+    def __call__(self, part: str, count: int) -> Tensor:
+        if not count:
+            return self._tensors[part][:0] if part in self._tensors else torch.zeros(0, dtype=torch.uint8)
+        start = self._places[part]
+        self._places[part] += count
+        return self._tensors[part][start : start + count]
+
+    def bits(self, part: str, bits: int, count: int) -> Tensor:
+        """``count`` numbers of so many bits."""
+        return unpack_bits(self(part, -(-bits * count // 8)), bits, count)

@@ -13,6 +13,7 @@ from train_then_compress.config.data import BATCH_FIELDS, CorpusConfig, DataConf
 from train_then_compress.config.model import RobertaConfig
 from train_then_compress.config.recipes import Step, parse_recipe
 from train_then_compress.config.runtime import PathsConfig, RuntimeConfig, TrackerConfig
+from train_then_compress.config.steps import STEPS
 from train_then_compress.config.training import (
     BudgetConfig,
     CheckpointConfig,
@@ -85,6 +86,9 @@ class Config:
                          "no step would be left after it")  # fmt: skip
         if self.branch_from is not None:
             self._branch_is_possible(self.branch_from)
+        for method in self.steps:
+            if method not in STEPS:
+                raise reject(f"steps.{method}", "..", f"no such method; known are {', '.join(sorted(STEPS))}")
         if not self.recipes:
             raise reject("recipes", "[]", "at least one recipe; 'none' is the dense model")
         self.parsed_recipes()

@@ -19,7 +19,7 @@ _FIRST_ORDINARY = MASK + 1
 
 @dataclass(frozen=True)
 class MaskedBatch:
-    """``tokens`` int64 [sequences, length] after masking; ``masked`` bool, where the loss is; ``targets`` int64 [masked]."""
+    """``tokens`` int64 [sequences, length] after masking; ``masked`` where the loss is; ``targets`` int64 [masked]."""
 
     tokens: np.ndarray
     masked: np.ndarray

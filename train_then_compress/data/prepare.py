@@ -105,7 +105,7 @@ def document_hash(text: str) -> int:
 
 
 def _assign(corpus: Corpus) -> Callable[[], Iterator[tuple[str, int, str]]]:
-    """A re-iterable of (text, hash, split); of equal documents only the first is kept, held-out ones before training ones."""
+    """A re-iterable of (text, hash, split); of equal documents only the first is kept, held-out before training."""
     given = [split for split in ("valid", "test", "train", "all") if split in corpus.documents]
     missing = [split for split in ("valid", "test") if split not in corpus.documents]
 

@@ -16,7 +16,7 @@ _EXPLICIT_UP_TO = 512
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
-    """Softmax attention; everything [batch, heads, length, head_size], ``bias`` [batch, 1, 1, length] added to the scores."""
+    """Softmax attention; all [batch, heads, length, head_size], ``bias`` [batch, 1, 1, length] goes onto the scores."""
     if bias is not None:
         bias = bias.to(query.dtype)
     if query.device.type != "cpu" or query.shape[2] > _EXPLICIT_UP_TO:

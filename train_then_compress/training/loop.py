@@ -143,8 +143,8 @@ class _Trainer:
         budget, warmup = self.training.budget, self.training.optimizer.warmup
         share = Clock().after(self.task.counts(self.task.batch(0)), self.last_seconds).progress(budget)
         if share > 1 - warmup:
-            raise reject("budget.value", budget.value, f"one step costs {share:.0%} of these {budget.kind}, which leaves "
-                         f"nothing after the warm-up (optimizer.warmup={warmup}); give more")  # fmt: skip
+            raise reject("budget.value", budget.value, f"one step costs {share:.0%} of these {budget.kind}, which "
+                         f"leaves nothing after the warm-up (optimizer.warmup={warmup}); give more")  # fmt: skip
 
     def resume(self) -> None:
         """Go on from the last checkpoint, or from the given start; forget metric rows written after it."""
@@ -186,7 +186,7 @@ class _Trainer:
         for part in self.task.parts(batch, parallel.rank(), parallel.ranks(), self.desk.runtime.micro_batch):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.desk.runtime.dtype == "bf16"):
                 loss, terms = self.task.loss(self.forward, part)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             losses.append(loss.detach())
             term_sum += terms
         loss_sum = float(torch.stack(losses).sum())
