@@ -211,6 +211,8 @@ def test_two_processes_train_as_one(tmp_path: Path, common: list[str]) -> None:
         ("budget.kind=minutes", "budget.kind='minutes'"),
         ("runtime.threads=999", "runtime.threads=999"),
         ("steps.prune.scope=model recipes=[prune15]", "steps.prune.scope='model'"),
+        ("model.depth=48 model.width=16384", "training needs more than"),
+        ("steps.squash.bits=4", "squash"),
         ("branch_from=runs/x@0.5", "only optimizer.schedule=wsd can branch"),
     ],
 )

@@ -14,16 +14,17 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from train_then_compress.config import Config, ConfigError, TrackerConfig, conf_directory
+from train_then_compress.config.base import reject
 from train_then_compress.cost import machine
 from train_then_compress.data.corpora import CorpusError
 from train_then_compress.data.prepare import prepare
@@ -65,7 +66,12 @@ def run(arguments: list[str]) -> int:
     study = cells[0].directory.path.parent
     print(f"{study}: {len(cells)} runs, {len(cells) - len(waiting)} done" + ("" if waiting else "; nothing to do"))
     if waiting:
-        _hydra(arguments, launch)
+        names = [cell.plan.run_name for cell in cells]
+
+        def launch_one(composed: DictConfig) -> None:
+            launch(composed, names)
+
+        _hydra(arguments, launch_one)
         tracker = cells[0].config.tracker
         if tracker.name == "wandb" and tracker.mode != "disabled":
             _track_frontier(study, tracker)
@@ -115,6 +121,7 @@ def resolve(composed: DictConfig) -> Config:
     if runtime.threads * runtime.processes > cores:
         raise ConfigError(f"runtime.threads={runtime.threads}: with {runtime.processes} processes at most "
                           f"{cores // runtime.processes} of the {cores} usable cores")  # fmt: skip
+    _fits_memory(config)
     dtype = runtime.dtype
     if dtype == "auto":
         dtype = "bf16" if runtime.device == "cuda" or machine.cpu_has_bf16() else "fp32"
@@ -123,6 +130,15 @@ def resolve(composed: DictConfig) -> Config:
         config.paths, runs=str(Path(config.paths.runs).absolute()), cache=str(Path(config.paths.cache).absolute())
     )
     return dataclasses.replace(config, runtime=dataclasses.replace(runtime, dtype=dtype, threads=threads), paths=paths)
+
+
+def _fits_memory(config: Config) -> None:
+    """Refuse a model whose training state alone is larger than this machine's memory (a GPU's is not known here)."""
+    needed = 16 * config.model.matrix_weights(config.data.vocab_size) * config.runtime.processes
+    if config.runtime.device == "cpu" and needed > machine.memory():
+        raise reject("model.depth", config.model.depth, f"with model.width={config.model.width} training needs more "
+                     f"than {needed / 1e9:.0f} GB (weights, gradients, two moments in fp32) and this machine has "
+                     f"{machine.memory() / 1e9:.0f} GB")  # fmt: skip
 
 
 def locate(configs: list[Config]) -> list[Cell]:
@@ -138,32 +154,45 @@ def locate(configs: list[Config]) -> list[Cell]:
     return cells
 
 
-def launch(composed: DictConfig) -> None:
-    """Hydra's task function: run one cell in a fresh process and wait for it; a finished one is left alone."""
+def launch(composed: DictConfig, names: list[str]) -> None:
+    """Hydra's task function: run one of the sweep's cells in a fresh process and wait for it; skip a finished one.
+
+    A signal is handed on, the child writes its checkpoint, and the sweep ends with status 130.
+    """
     (cell,) = locate([resolve(composed)])
     if cell.done:
         return
-    print(f"{cell.directory.path.name}", flush=True)
-    processes = cell.config.runtime.processes
+    print(f"[{names.index(cell.plan.run_name) + 1}/{len(names)}] {cell.plan.run_name}", flush=True)
+    processes, threads = cell.config.runtime.processes, cell.config.runtime.threads
     start = [sys.executable, "-m"]
     if processes > 1:
         start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     command = [*start, "train_then_compress.run", json.dumps(dataclasses.asdict(cell.config))]
-    child = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": str(cell.config.runtime.threads)})
-    if _wait(child) in (_INTERRUPTED, -signal.SIGINT, -signal.SIGTERM):
+    with _signals_noted() as asked:
+        child = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+        while True:
+            try:
+                child.wait(timeout=0.2)
+                break
+            except subprocess.TimeoutExpired:
+                if signal.SIGTERM in asked:  # a terminal sends SIGINT to the child by itself
+                    asked.remove(signal.SIGTERM)
+                    asked.add(signal.SIGINT)
+                    child.terminate()
+    if asked:
         sys.exit(_INTERRUPTED)
 
 
-def _wait(child: subprocess.Popen[bytes]) -> int:
-    """Wait for a child, handing on SIGTERM; SIGINT reaches it from the terminal. Either makes it write a checkpoint."""
-
-    def hand_on(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGTERM:
-            child.terminate()
-
-    earlier = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+@contextmanager
+def _signals_noted() -> Iterator[set[int]]:
+    """Collect SIGTERM and SIGINT instead of dying of them."""
+    asked: set[int] = set()
+    earlier = {
+        number: signal.signal(number, lambda number, frame: asked.add(number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
-        return child.wait()
+        yield asked
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)

@@ -26,6 +26,10 @@ class RobertaConfig:
         """Width / head size, at least one."""
         return max(1, self.width // self.head_size)
 
+    def matrix_weights(self, vocab_size: int) -> int:
+        """Weights in matrices: 12 width^2 a layer, the token embedding and the head's dense layer."""
+        return self.depth * 12 * self.width**2 + (vocab_size + self.width) * self.width
+
     @model_validator(mode="after")
     def _shape_is_possible(self) -> RobertaConfig:
         if self.width > self.head_size and self.width % self.head_size:

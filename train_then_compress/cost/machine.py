@@ -35,6 +35,11 @@ def usable_cores() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
+def memory() -> int:
+    """Bytes of physical memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def identity() -> dict[str, Any]:
     """What makes wall-clock results belong to one machine: processor and number of usable cores; GPU, if any."""
     driver = Path("/proc/driver/nvidia/gpus")
