@@ -32,7 +32,7 @@ test-data: $(INSTALLED)
 # Studies (runs/) and prepared corpora (cache/) stay.
 clean:
 	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
-	find conf train_then_compress tests benchmarks notebooks experiments -name __pycache__ -prune -exec rm -rf {} +
+	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(or $(PYTHON),false) -c '$(suitable)' 2>/dev/null || { \

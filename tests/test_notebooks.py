@@ -15,9 +15,8 @@ def test_notebook_runs(
 ) -> None:
     small = [
         "data=text_files", f"data.train={text_file}", f"paths.cache={cache}", "data.vocab_size=400",
-        "data.sequence_length=32", "steps.prune.recovery.max_steps=2",
+        "data.sequence_length=32", "steps.prune.recovery.max_steps=2", "budget.kind=steps", "budget.value=600",
     ]  # fmt: skip
-    monkeypatch.setenv("TOUR_SECONDS", "2")
     monkeypatch.setenv("TOUR_OVERRIDES", " ".join(small))
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()

@@ -230,6 +230,6 @@ def _hydra(arguments: list[str], task: Callable[[DictConfig], None]) -> None:
     """Run a task function under Hydra's own command line, ``arguments`` unchanged."""
     kept, sys.argv = sys.argv, ["ttc run", *arguments]
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name="config")(task)()
+        hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name="run")(task)()
     finally:
         sys.argv = kept

@@ -255,7 +255,7 @@ def test_a_step_file_has_the_keys_of_its_dataclass_and_its_defaults(path: Path) 
 
 def test_every_method_has_its_file_and_the_main_file_has_every_key() -> None:
     assert {path.stem for path in CONF.glob("steps/*.yaml")} == set(STEPS)
-    values = yaml.safe_load((CONF / "config.yaml").read_text())
+    values = yaml.safe_load((CONF / "run.yaml").read_text())
     groups = {group for entry in values.pop("defaults") if isinstance(entry, dict) for group in entry}
     values.pop("hydra")
     fields = {field.name for field in dataclasses.fields(Config)}
@@ -265,7 +265,7 @@ def test_every_method_has_its_file_and_the_main_file_has_every_key() -> None:
 def composed(*overrides: str) -> dict[str, Any]:
     """What Hydra hands to the task function, without the node that `ttc run` drops."""
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        values: Any = OmegaConf.to_container(compose("config", list(overrides)), resolve=True)
+        values: Any = OmegaConf.to_container(compose("run", list(overrides)), resolve=True)
     values.pop("experiment", None)
     return dict(values)
 
@@ -300,7 +300,7 @@ def test_whatever_else_lies_there_is_laid_over_the_whole_config_by_an_experiment
 def cells(experiment: str) -> list[list[str]]:
     """Every combination of the values that an experiment sweeps, as overrides."""
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        whole = compose("config", [f"experiment={experiment}"], return_hydra_config=True)
+        whole = compose("run", [f"experiment={experiment}"], return_hydra_config=True)
     params = OmegaConf.to_container(whole.hydra.sweeper.params) if whole.hydra.sweeper.params else {}
     parser = OverridesParser.create()
     swept = [parser.parse_override(f"{key}={value}") for key, value in dict(params).items()]  # type: ignore[arg-type]
