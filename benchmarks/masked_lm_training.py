@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import io
 import json
 import logging
@@ -31,13 +32,16 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from train_then_compress.config import Config, RobertaConfig
+from train_then_compress.config import Config, ConfigError, RobertaConfig
 from train_then_compress.cost import machine
+from train_then_compress.data.corpora import CorpusError
 from train_then_compress.data.prepare import SPECIAL_TOKENS, prepare
+from train_then_compress.records import Busy
 from train_then_compress.tasks.masked_lm import MaskedLMTask
 from train_then_compress.tracking.metrics import MetricsLog
 from train_then_compress.tracking.progress import StageProgress
 from train_then_compress.training.checkpoint import Checkpoints
+from train_then_compress.training.clock import Clock
 from train_then_compress.training.loop import Desk, Training, _Trainer
 from train_then_compress.training.schedule import constant
 
@@ -113,6 +117,16 @@ class Party:
     encoder_parameters: int
     rounds: list[list[tuple[float, int, float]]] = field(default_factory=list)
 
+    def rehearse(self, steps: int) -> None:
+        """Take the coming steps untimed, then go back to the first batch (the weights stay changed).
+
+        oneDNN compiles a kernel for every new shape, and the number of masked positions differs from batch to batch:
+        whoever met a batch first would pay for both.
+        """
+        for _ in range(steps):
+            self.trainer.step()
+        self.trainer.clock = Clock()
+
     def take_round(self, steps: int) -> None:
         """Take steps on the next batches."""
         taken = []
@@ -158,7 +172,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                         help="bf16: autocast, weights in fp32; default here: %(default)s")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=5, help="default 5")
     parser.add_argument("--steps", type=int, default=5, help="of each model in a round; default 5")
-    parser.add_argument("--warm-up", type=int, default=3, help="untimed steps of each model; default 3")
     parser.add_argument("--batch-size", type=int, default=16, help="sequences; default 16")
     parser.add_argument("--length", type=int, default=128, help="tokens a sequence; default 128")
     parser.add_argument("--mask-rate", type=float, default=0.15)
@@ -173,6 +186,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if min(arguments.rounds, arguments.steps) < 1:
         parser.error("--rounds and --steps must be at least 1")
+    if importlib.util.find_spec("fairseq") is None:
+        parser.error("fairseq is not installed: pip install -e '.[fairseq]'")
     if arguments.json and not arguments.json.parent.is_dir():
         parser.error(f"--json {arguments.json}: there is no directory {arguments.json.parent}")
     return arguments
@@ -220,11 +235,10 @@ def _trainer(config: Config, task: MaskedLMTask, model: nn.Module) -> _Trainer:
     return trainer
 
 
-def take_turns(both: list[Party], rounds: int, steps: int, warm_up: int) -> None:
-    """Untimed steps, then rounds: ours first in the even ones, fairseq first in the odd ones."""
+def take_turns(both: list[Party], rounds: int, steps: int) -> None:
+    """Every step once untimed, then the rounds: ours first in the even ones, fairseq first in the odd ones."""
     for party in both:
-        for _ in range(warm_up):
-            party.trainer.step()
+        party.rehearse(rounds * steps)
     for number in range(rounds):
         for party in both if number % 2 == 0 else reversed(both):
             party.take_round(steps)
@@ -236,7 +250,7 @@ def measure(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(config.runtime.threads)
     both = parties(config, MaskedLMTask(config, prepared, config.seed))
     before = machine.calibrate(config.runtime.device, _CALIBRATION_SECONDS)
-    take_turns(both, arguments.rounds, arguments.steps, arguments.warm_up)
+    take_turns(both, arguments.rounds, arguments.steps)
     after = machine.calibrate(config.runtime.device, _CALIBRATION_SECONDS)
     peak = max(before[arguments.dtype], after[arguments.dtype])
     ratios = both[0].round_speeds() / both[1].round_speeds()
@@ -330,4 +344,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (Busy, ConfigError, CorpusError) as error:
+        sys.exit(f"error: {error}")

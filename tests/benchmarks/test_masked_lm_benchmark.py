@@ -6,7 +6,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -41,7 +41,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(benchmark: ModuleType, text: Path, folder: Path, *options: str) -> dict[str, Any]:
     """The benchmark's record at depth 1 and width 32."""
-    small = ["--depth", "1", "--width", "32", "--head-size", "16", "--rounds", "1", "--steps", "1", "--warm-up", "1"]
+    small = ["--depth", "1", "--width", "32", "--head-size", "16", "--rounds", "1", "--steps", "1"]
     small += ["--batch-size", "2", "--length", "16", "--vocab-size", "300", "--threads", str(torch.get_num_threads())]
     places = ["--text", str(text), "--cache", str(folder / "cache"), "--json", str(folder / "out.json")]
     record: dict[str, Any] = benchmark.main([*small, *places, "--not-alone", *options])
@@ -96,13 +96,16 @@ def test_the_first_of_a_round_alternates(benchmark: ModuleType) -> None:
 
     class Taker:
         def __init__(self, name: str) -> None:
-            self.name, self.trainer = name, SimpleNamespace(step=lambda: order.append(f"warm {name}"))
+            self.name = name
+
+        def rehearse(self, steps: int) -> None:
+            order.append(f"{self.name} rehearses {steps}")
 
         def take_round(self, steps: int) -> None:
             order.append(self.name)
 
-    benchmark.take_turns([Taker("ours"), Taker("theirs")], rounds=3, steps=1, warm_up=1)
-    assert order == ["warm ours", "warm theirs", "ours", "theirs", "theirs", "ours", "ours", "theirs"]
+    benchmark.take_turns([Taker("ours"), Taker("theirs")], rounds=3, steps=2)
+    assert order == ["ours rehearses 6", "theirs rehearses 6", "ours", "theirs", "theirs", "ours", "ours", "theirs"]
 
 
 def test_the_recorded_command_names_no_place_of_this_machine(benchmark: ModuleType) -> None:
