@@ -62,7 +62,7 @@ _PLACES = ("--cache", "--json")
 
 
 class FairseqMaskedLM(nn.Module):
-    """fairseq's RobertaModel called as `MaskedLM` is; it wants the masked positions as a bool mask."""
+    """fairseq's RobertaModel called as `MaskedLM` is."""
 
     def __init__(self, config: RobertaConfig, vocab_size: int, length: int):
         super().__init__()
@@ -75,13 +75,13 @@ class FairseqMaskedLM(nn.Module):
         return encoder
 
     def forward(self, tokens: Tensor, where: Tensor, padded: bool = True) -> Tensor:
-        """``tokens`` int64 [batch, length], ``where`` int64 [n], ascending -> logits [n, vocabulary].
+        """``tokens`` int64 [batch, length], ``where`` int64 [n] -> logits [n, vocabulary].
 
-        fairseq looks for padding itself, whatever ``padded`` says.
+        fairseq looks for padding itself, whatever ``padded`` says. Its own way to the masked positions is a bool mask;
+        here both models compute the same rows, those that only fill up a batch included.
         """
-        masked = torch.zeros(tokens.numel(), dtype=torch.bool, device=tokens.device)
-        masked[where] = True
-        logits: Tensor = self.roberta(tokens, masked_tokens=masked.view_as(tokens))[0]
+        features: Tensor = self.roberta(tokens, features_only=True)[0]
+        logits: Tensor = self.roberta.encoder.lm_head(features.flatten(0, 1).index_select(0, where))
         return logits
 
 

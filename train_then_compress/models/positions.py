@@ -17,14 +17,16 @@ def sinusoidal(length: int, width: int, offset: int = 0) -> Tensor:
 
 
 def rotary_angles(length: int, head_size: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each float32 [length, head_size] (Su et al. 2021, equation 34; halves, not pairs)."""
+    """Cosines and signed sines, each float32 [length, head_size] (Su et al. 2021, equation 34; halves, not pairs).
+
+    The sines of the first half are negated, as that half of `rotate`'s exchange is.
+    """
     frequency = 10000 ** (-torch.arange(0, head_size, 2) / head_size)
     angle = torch.arange(length)[:, None] * frequency
-    angle = torch.cat([angle, angle], dim=1)
-    return angle.cos(), angle.sin()
+    return torch.cat([angle.cos(), angle.cos()], dim=1), torch.cat([-angle.sin(), angle.sin()], dim=1)
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotate ``x`` [batch, heads, length, head_size] by the angle of each position."""
     first, second = x.chunk(2, dim=-1)
-    return x * cosine + torch.cat([-second, first], dim=-1) * sine
+    return x * cosine.to(x.dtype) + torch.cat([second, first], dim=-1) * sine.to(x.dtype)

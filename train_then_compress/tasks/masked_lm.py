@@ -16,19 +16,26 @@ from train_then_compress.config import Config
 from train_then_compress.cost.flops import MaskedLMFlops
 from train_then_compress.data.masked import MaskedBatch, Sequences, TrainingBatches, evaluation_batch
 from train_then_compress.data.prepare import PAD, Prepared
-from train_then_compress.evaluation.perplexity import masked_lm_facts, masked_lm_sums
+from train_then_compress.evaluation.perplexity import IGNORED, masked_lm_facts, masked_lm_sums
 from train_then_compress.models.roberta import MaskedLM
 from train_then_compress.training import parallel
 from train_then_compress.training.task import Counts, Quality
 
+#: Predictions come in multiples of this: each new number of rows costs milliseconds of kernel compilation (oneDNN).
+_ROWS = 32
+
 
 @dataclass(frozen=True)
 class Part:
-    """``tokens`` [sequences, length], ``where`` [n] into them, flattened, ``targets`` [n]; on the task's device."""
+    """``tokens`` [sequences, length], ``where`` [n] into them, flattened, ``targets`` [n]; on the task's device.
+
+    ``where`` and ``targets`` end with places that only fill them up: position 0 and `IGNORED`; ``terms`` are true.
+    """
 
     tokens: Tensor
     where: Tensor
     targets: Tensor
+    terms: int
     padded: bool
 
 
@@ -77,17 +84,18 @@ class MaskedLMTask:
 
     def _part(self, batch: MaskedBatch, rows: slice, before: np.ndarray) -> Part:
         tokens = batch.tokens[rows]
-        where = torch.from_numpy(np.flatnonzero(batch.masked[rows]))
-        targets = torch.from_numpy(batch.targets[before[rows.start] : before[rows.start + len(tokens)]])
+        where = np.flatnonzero(batch.masked[rows])
+        targets = batch.targets[before[rows.start] : before[rows.start + len(tokens)]]
+        fill = (0, -len(where) % _ROWS)
+        where, filled = np.pad(where, fill), np.pad(targets, fill, constant_values=IGNORED)
         padded = bool((tokens[:, -1] == PAD).any())  # padding stands at the end
-        return Part(
-            torch.from_numpy(tokens).to(self.device), where.to(self.device), targets.to(self.device), padded
-        )  # fmt: skip
+        tensors = [torch.from_numpy(array).to(self.device) for array in (tokens, where, filled)]
+        return Part(tensors[0], tensors[1], tensors[2], len(targets), padded)
 
     def loss(self, model: nn.Module, part: Part) -> tuple[Tensor, int]:
         """Summed cross-entropy at the masked positions, and their number."""
         logits = model(part.tokens, part.where, part.padded)
-        return F.cross_entropy(logits.float(), part.targets, reduction="sum"), len(part.targets)
+        return F.cross_entropy(logits.float(), part.targets, ignore_index=IGNORED, reduction="sum"), part.terms
 
     def evaluate(self, model: nn.Module, split: str) -> Quality:
         """Quality on fixed 15 % masks; the ranks share the work."""

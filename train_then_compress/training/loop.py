@@ -180,7 +180,11 @@ class _Trainer:
     def _update(self, step: int, batch: Any, rate: float) -> tuple[float, float]:
         """Gradients of the mean loss over the whole batch, clipped; one AdamW step. Returns summed loss and terms."""
         # Dropout depends on (seed, step, rank) only, so a resumed run needs no generator state.
-        torch.manual_seed((self.training.seed << 32) + step * parallel.ranks() + parallel.rank())
+        seed = (self.training.seed << 32) + step * parallel.ranks() + parallel.rank()
+        if self.device.type == "cpu":
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed also looks for every kind of accelerator
+        else:
+            torch.manual_seed(seed)
         term_sum = 0
         losses: list[Tensor] = []
         for part in self.task.parts(batch, parallel.rank(), parallel.ranks(), self.desk.runtime.micro_batch):
