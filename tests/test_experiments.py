@@ -1,0 +1,54 @@
+"""Every shipped experiment, shrunk: two steps of each of its cells, on a small corpus."""
+
+import dataclasses
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from train_then_compress import run, sweep
+from train_then_compress.config import conf_directory
+from train_then_compress.records import RunDirectory, read_json
+
+#: Those of paper scale need the internet and a GPU; tests/config composes and validates them.
+ON_THIS_MACHINE = sorted(
+    path.stem for path in conf_directory().glob("experiment/*.yaml") if not path.stem.startswith("paper_")
+)
+
+
+@pytest.fixture
+def kept_process() -> Iterator[None]:
+    """What `run.main` changes in a process is put back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("experiment", ON_THIS_MACHINE)
+def test_every_cell_takes_two_steps(
+    experiment: str, text_file: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept_process: None
+) -> None:
+    small = [
+        "data=text_files", f"data.train={text_file}", "data.vocab_size=400", "data.sequence_length=32",
+        f"paths.cache={cache}", f"paths.runs={tmp_path}", "budget=steps", "budget.value=2", "optimizer.batch_size=2",
+        "optimizer.warmup=0", "steps.prune.recovery.max_steps=2", "evaluation.validation_sequences=4",
+    ]  # fmt: skip
+    configs, errors = sweep.compose([f"experiment={experiment}", *small])
+    assert not errors and len(configs) >= 4
+    for number, config in enumerate(configs):
+        recipes = config.recipes if number == 0 else ["none"]
+        cell = dataclasses.asdict(dataclasses.replace(config, recipes=recipes))
+        monkeypatch.setattr(sys, "argv", ["run", json.dumps(cell)])
+        assert run.main() == 0
+    results = list(tmp_path.glob("*/*/result.json"))
+    assert len(results) == len(configs)
+    points = [point for path in results for point in RunDirectory(path.parent).points().values()]
+    assert len(points) == len(configs) - 1 + len(configs[0].recipes)
+    assert all(read_json(path)["points"] for path in results) and all(point["test_loss"] > 0 for point in points)
