@@ -42,7 +42,7 @@ from train_then_compress.tracking.metrics import MetricsLog
 from train_then_compress.tracking.progress import StageProgress
 from train_then_compress.training.checkpoint import Checkpoints
 from train_then_compress.training.clock import Clock
-from train_then_compress.training.loop import Desk, Training, _Trainer
+from train_then_compress.training.loop import Desk, Trainer, Training
 from train_then_compress.training.schedule import constant
 
 OURS, FAIRSEQ = "train_then_compress", "fairseq"
@@ -113,7 +113,7 @@ class Party:
     """A model in a training loop of its own, and the seconds, tokens and FLOPs of each step, by round."""
 
     name: str
-    trainer: _Trainer
+    trainer: Trainer
     encoder_parameters: int
     rounds: list[list[tuple[float, int, float]]] = field(default_factory=list)
 
@@ -224,13 +224,13 @@ def parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _trainer(config: Config, task: MaskedLMTask, model: nn.Module) -> _Trainer:
+def _trainer(config: Config, task: MaskedLMTask, model: nn.Module) -> Trainer:
     """The loop of `fit`, to be stepped by hand; it writes nothing."""
     training = Training(config.budget, config.optimizer, constant(_RATE), evaluate_at=[], seed=config.seed)
     quiet = StageProgress("benchmark", console=Console(file=io.StringIO()))
     nowhere = Path(os.devnull)
     desk = Desk("benchmark", config.runtime, Checkpoints(nowhere, float("inf")), MetricsLog(nowhere), quiet)
-    trainer = _Trainer(model, task, training, desk)
+    trainer = Trainer(model, task, training, desk)
     trainer.warm_up()
     return trainer
 

@@ -72,7 +72,7 @@ def fit(model: nn.Module, task: Task, training: Training, desk: Desk) -> Fitted:
 
     Raises `Diverged` when the loss is not finite, `Interrupted` after a signal (its checkpoint written).
     """
-    trainer = _Trainer(model, task, training, desk)
+    trainer = Trainer(model, task, training, desk)
     trainer.warm_up()
     trainer.resume()
     quality = None
@@ -96,7 +96,7 @@ def validate(model: nn.Module, task: Task, runtime: RuntimeConfig) -> Quality:
         return task.evaluate(model, "valid")
 
 
-class _Trainer:
+class Trainer:
     """The state of one `fit`."""
 
     def __init__(self, model: nn.Module, task: Task, training: Training, desk: Desk):
