@@ -112,8 +112,7 @@ class Run:
             )
         if parallel.rank() == 0:
             atomic_write(weights, save(model.state_dict()))
-            dense = pack(Compressed(model), torch.bfloat16, {"recipe": "none"})
-            atomic_write(self.directory.stage(key) / "packed.safetensors", dense)
+            self._store(Compressed(model), key)
             write_json(self.directory.stage(key) / "record.json", {
                 "stage": key.name, "id": key.id, "clock": fitted.clock.facts(),
                 "overshoot": fitted.clock.progress(config.budget) - 1, "validation": fitted.quality.facts,
@@ -156,10 +155,10 @@ class Run:
             model, chain, Bench(self.task, self.config, self.directory, self.metrics, dense, self.plan.pretrain)
         )
         last = (chain or [self.plan.pretrain])[-1]
-        path = self.directory.stage(last) / "packed.safetensors"
         if parallel.rank() == 0:
-            atomic_write(path, pack(compressed, torch.bfloat16, {"recipe": recipe, "point": self.plan.points[recipe]}))
+            self._store(compressed, last)
         parallel.wait_for_all()
+        path = self.directory.stage(last) / "packed.safetensors"
         stored = self.task.new_model()
         unpack(path, stored)
         quality = self.task.evaluate(stored, "test")
@@ -171,6 +170,11 @@ class Run:
             print(f"  {recipe}: test perplexity {perplexity:.2f}, {row['bytes']:,} bytes", flush=True)
         parallel.wait_for_all()
         return row
+
+    def _store(self, compressed: Compressed, key: StageKey) -> None:
+        """Write a stage's result in packed form; the same bytes whichever recipe ends there."""
+        content = pack(compressed, torch.bfloat16, {"stage": key.directory})
+        atomic_write(self.directory.stage(key) / "packed.safetensors", content)
 
     def _spent(self, chain: list[StageKey]) -> dict[str, float]:
         """What the recipe's stages cost together."""

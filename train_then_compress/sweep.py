@@ -14,10 +14,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import hydra
@@ -174,34 +174,27 @@ def launch(composed: DictConfig, names: list[str]) -> None:
     if processes > 1:
         start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     command = [*start, "train_then_compress.run", json.dumps(dataclasses.asdict(cell.config))]
-    with _signals_noted() as asked:
-        child = subprocess.Popen(command, env=_KEEP_MEMORY | os.environ | {"OMP_NUM_THREADS": str(threads)})
-        while True:
-            try:
-                child.wait(timeout=0.2)
-                break
-            except subprocess.TimeoutExpired:
-                if signal.SIGTERM in asked:  # a terminal sends SIGINT to the child by itself
-                    asked.remove(signal.SIGTERM)
-                    asked.add(signal.SIGINT)
-                    child.terminate()
-    if asked:
+    child = subprocess.Popen(command, env=_KEEP_MEMORY | os.environ | {"OMP_NUM_THREADS": str(threads)})
+    if _interrupted_while_waiting(child):
         sys.exit(_INTERRUPTED)
 
 
-@contextmanager
-def _signals_noted() -> Iterator[set[int]]:
-    """Collect SIGTERM and SIGINT instead of dying of them."""
-    asked: set[int] = set()
-    earlier = {
-        number: signal.signal(number, lambda number, frame: asked.add(number))
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
+def _interrupted_while_waiting(child: subprocess.Popen[bytes]) -> bool:
+    """Wait for a child; SIGTERM is handed on to it, SIGINT reaches it from the terminal by itself."""
+    asked: list[int] = []
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        if number == signal.SIGTERM:
+            child.terminate()
+
+    earlier = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield asked
+        child.wait()
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
+    return bool(asked)
 
 
 def _summarize(cells: list[Cell]) -> int:
