@@ -22,6 +22,8 @@ HELD_OUT = 0.1
 SCHEMA = 1
 #: Batches are padded to multiples of this: each new shape costs milliseconds of kernel compilation (oneDNN).
 _COLUMNS = 16
+#: Batches are made of neighbours in length among so many batches' worth of shuffled examples.
+_WINDOW = 10
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [examples]: tokens of both texts, special ones left out."""
+        return np.diff(self.ends[:, 1], prepend=0)
 
     def row(self, number: int, length: int) -> np.ndarray:
         """An example's ids, RoBERTa's form (Liu et al. 2019, section 3): ``<s> a </s>`` or ``<s> a </s></s> b </s>``.
@@ -170,14 +177,25 @@ def batch_of(split: Split, numbers: np.ndarray, length: int) -> LabelledBatch:
 
 
 class LabelledBatches:
-    """Endless batches of a split; that of a step depends on (seed, step) only, and epochs are seen whole."""
+    """Endless batches of a split; that of a step depends on (seed, step) only, and epochs are seen whole.
+
+    Examples are shuffled, sorted by length within windows, cut into batches, and the batches shuffled again: neighbours
+    in length share a batch, so that little of it is padding.
+    """
 
     def __init__(self, split: Split, batch_size: int, length: int, seed: int):
         self.split, self.batch_size, self.length, self.seed = split, batch_size, length, seed
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
     def _shuffled(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch, 2]).permutation(len(self.split))
+        rng = np.random.default_rng([self.seed, epoch, 2])
+        count, size = len(self.split), self.batch_size
+        order = rng.permutation(count)
+        order = order[np.lexsort((self.split.lengths[order], np.arange(count) // (_WINDOW * size)))]
+        lead = -epoch * count % size  # the first examples fill up the last batch of the epoch before
+        whole = lead + (count - lead) // size * size
+        batches = rng.permutation(order[lead:whole].reshape(-1, size))
+        return np.concatenate([order[:lead], batches.reshape(-1), order[max(whole, lead) :]])
 
     def __call__(self, step: int) -> LabelledBatch:
         """The batch of a step."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from train_then_compress.config import RobertaConfig
+from train_then_compress.models.dropout import Dropout
 from train_then_compress.models.roberta import Classifier
 
 
@@ -23,7 +24,7 @@ class ExitHead(nn.Module):
     def __init__(self, config: RobertaConfig, labels: int):
         super().__init__()
         self.norm = nn.LayerNorm(config.width) if config.norm == "pre" else nn.Identity()
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.head = nn.Linear(config.width, config.width)
         self.projection = nn.Linear(config.width, labels)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from train_then_compress.config import RobertaConfig
 from train_then_compress.config.model import ModelShape
+from train_then_compress.models.dropout import Dropout, drop
 from train_then_compress.models.positions import rotate
 
 Rotation = tuple[Tensor, Tensor]
@@ -32,7 +33,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dr
     scores = (query * query.shape[3] ** -0.5) @ key.transpose(2, 3)
     if bias is not None:
         scores = scores + bias
-    return F.dropout(scores.softmax(dim=-1), dropout) @ value
+    return drop(scores.softmax(dim=-1), dropout) @ value
 
 
 class SelfAttention(nn.Module):
@@ -90,7 +91,7 @@ class EncoderLayer(nn.Module):
         self.attention_norm = nn.LayerNorm(config.width)
         self.feed_forward = FeedForward(config.width)
         self.feed_forward_norm = nn.LayerNorm(config.width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, bias: Tensor | None, rotation: Rotation | None) -> Tensor:
         """[batch, length, width] -> the same."""

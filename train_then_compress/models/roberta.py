@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from train_then_compress.config import RobertaConfig
 from train_then_compress.data.prepare import PAD
+from train_then_compress.models.dropout import Dropout
 from train_then_compress.models.factored import FactoredEmbedding
 from train_then_compress.models.layers import EncoderLayer, Rotation
 from train_then_compress.models.positions import rotary_angles, sinusoidal
@@ -49,7 +50,7 @@ class Encoder(nn.Module):
             self.register_buffer("cosine", cosine, persistent=False)
             self.register_buffer("sine", sine, persistent=False)
         self.embedding_norm = nn.LayerNorm(config.width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.depth))
         self.final_norm = nn.LayerNorm(config.width) if config.norm == "pre" else nn.Identity()
 
@@ -105,7 +106,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config, vocab_size, length)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.head = nn.Linear(config.width, config.width)
         self.projection = nn.Linear(config.width, labels)
         initialize(self, self.encoder)

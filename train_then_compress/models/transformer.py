@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from train_then_compress.config.model import TransformerConfig
 from train_then_compress.data.prepare import PAD
+from train_then_compress.models.dropout import Dropout
 from train_then_compress.models.layers import FeedForward, Rotation, SelfAttention, attention
 from train_then_compress.models.positions import rotary_angles, sinusoidal
 
@@ -103,7 +104,7 @@ class TransformerLayer(nn.Module):
             self.cross_attention_norm = nn.LayerNorm(config.width)
         self.feed_forward = FeedForward(config.width, F.relu)
         self.feed_forward_norm = nn.LayerNorm(config.width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self, x: Tensor, bias: Tensor | None, rotation: Rotation | None,
@@ -175,7 +176,7 @@ class Translator(nn.Module):
             cosine, sine = rotary_angles(length, config.width // config.heads)
             self.register_buffer("cosine", cosine, persistent=False)
             self.register_buffer("sine", sine, persistent=False)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.encoder = Stack(config, config.encoder_layers, decoder=False)
         self.decoder = Stack(config, config.decoder_layers, decoder=True)
         initialize(self)

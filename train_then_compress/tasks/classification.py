@@ -145,8 +145,9 @@ class ClassificationTask:
         return Quality("accuracy", facts["accuracy"], higher_is_better=True, facts=facts)
 
     def _evaluated(self, split: str, rank: int, ranks: int) -> Iterator[Part]:
-        """The rank's share of a split, in batches."""
+        """The rank's share of a split, in batches of neighbours in length."""
         numbers, size = self._numbers(split), self.config.evaluation.batch_size
+        numbers = numbers[np.argsort(self._splits[split].lengths[numbers], kind="stable")]
         for start in range(rank * size, len(numbers), ranks * size):
             yield self._part(batch_of(self._splits[split], numbers[start : start + size], self.length))
 
