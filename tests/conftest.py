@@ -128,6 +128,18 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture(scope="session")
+def common(text_file: Path, cache: Path) -> list[str]:
+    """Overrides that make `ttc run` quick: a small corpus and shape, few steps."""
+    return [
+        "data=text_files", f"data.train={text_file}", f"paths.cache={cache}", "data.vocab_size=400",
+        "data.sequence_length=32", "model.depth=1", "model.width=32", "model.head_size=16", "budget=steps",
+        "budget.value=30", "optimizer.batch_size=8", "optimizer.lr=3e-3", "evaluation.points=3", "runtime.threads=1",
+        "runtime.dtype=fp32", "checkpoint.every_seconds=0", "steps.prune.recovery.max_steps=20",
+        "steps.prune.recovery.check_every=5", "steps.prune.recovery.target=1",
+    ]  # fmt: skip
+
+
 def _values(text_file: Path, cache: Path, runs: Path) -> dict[str, Any]:
     return {
         "study": "tests",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from train_then_compress.analysis.table import Study as LoadedStudy
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -34,12 +37,20 @@ def table(
     study: Study,
     runs: Runs = Path("runs"),
     format: Annotated[str, typer.Option(help="md, csv or json.")] = "md",
+    mean: Annotated[bool, typer.Option("--mean", help="Means over seeds, with their range.")] = False,
+    engines: Annotated[Path | None, typer.Option(help="A file of ttc engines --out: its latencies too.")] = None,
 ) -> None:
     """Print one row per point: quality and costs."""
-    from train_then_compress.analysis.table import load_study, render
+    from train_then_compress.analysis.table import averaged, render, with_engines
+    from train_then_compress.records import read_json
 
-    loaded = load_study(_directory(study, runs))
-    typer.echo(render(loaded.points, format))
+    if format not in ("md", "csv", "json"):
+        raise typer.BadParameter(f"{format}: allowed are md, csv and json", param_hint="--format")
+    loaded = _load(_directory(study, runs))
+    if engines is not None and not engines.is_file():
+        raise typer.BadParameter(f"{engines}: no such file", param_hint="--engines")
+    points = loaded.points if engines is None else with_engines(loaded.points, read_json(engines))
+    typer.echo(render(averaged(points) if mean else points, format))
     for line in loaded.missing:
         typer.echo(line, err=True)
 
@@ -52,14 +63,14 @@ def figures(
 ) -> None:
     """Draw convergence and quality against cost, as SVG and PNG."""
     from train_then_compress.analysis.figures import draw
-    from train_then_compress.analysis.table import load_study
 
     directory = _directory(study, runs)
-    loaded = load_study(directory)
-    for path in draw(loaded, out or directory / "figures"):
-        typer.echo(path)
-    for line in loaded.missing:
-        typer.echo(line, err=True)
+    loaded = _load(directory)
+    drawn = draw(loaded, out or directory / "figures")
+    for line in (*drawn, *loaded.missing):
+        typer.echo(line, err=line not in drawn)
+    if not drawn:
+        _fail(RuntimeError("nothing to draw: no run of this study has learned enough yet"))
 
 
 @app.command()
@@ -67,8 +78,14 @@ def track(study: Study, runs: Runs = Path("runs")) -> None:
     """Replay every run's recorded history, and the study's frontier, into offline Weights & Biases runs."""
     from train_then_compress import sweep
 
-    for name in sweep.track(_directory(study, runs)):
+    directory = _directory(study, runs)
+    names = sweep.track(directory)
+    if not names:
+        _fail(RuntimeError(f"{directory}: no run with a history yet"))
+    for name in names:
         typer.echo(name)
+    typer.echo(f"written to {directory / 'wandb'}; look at them by `wandb leet {directory / 'wandb'}`, or send them "
+               f"by `wandb sync {directory / 'wandb'}/offline-run-*`", err=True)  # fmt: skip
 
 
 @app.command()
@@ -81,11 +98,13 @@ def export(
 ) -> None:
     """Write a point in a format that other libraries load, with its tokenizer."""
     from train_then_compress import export as exports
+    from train_then_compress.config import ConfigError
     from train_then_compress.cost.engines import Unavailable
+    from train_then_compress.records import Damaged
 
     try:
         typer.echo(exports.export(point, to, out))
-    except (exports.ExportError, Unavailable) as error:
+    except (exports.ExportError, Unavailable, ConfigError, Damaged) as error:
         _fail(error)
 
 
@@ -102,15 +121,16 @@ def engines(
     out: Annotated[Path | None, typer.Option(help="A JSON file for the numbers.")] = None,
 ) -> None:
     """Measure latency and throughput of points on engines, all taking turns on this machine."""
+    from train_then_compress.config import ConfigError
     from train_then_compress.engines import report
     from train_then_compress.export import ExportError
-    from train_then_compress.records import Busy
+    from train_then_compress.records import Busy, Damaged
 
     try:
         typer.echo(
             report(points, [name for name in engines.split(",") if name], length, threads, rounds, out), nl=False
         )
-    except (ExportError, Busy) as error:
+    except (ExportError, Busy, ConfigError, Damaged) as error:
         _fail(error)
 
 
@@ -139,6 +159,15 @@ def _directory(study: Path, runs: Path) -> Path:
         if candidate.is_dir():
             return candidate
     raise typer.BadParameter(f"neither {study} nor {runs / study} is a study's directory", param_hint="STUDY")
+
+
+def _load(directory: Path) -> LoadedStudy:
+    from train_then_compress.analysis.table import load_study
+
+    try:
+        return load_study(directory)
+    except FileNotFoundError as error:
+        _fail(error)
 
 
 def _fail(error: Exception) -> NoReturn:

@@ -30,7 +30,14 @@ DENSE_STAGES = ("pretrain", "finetune", "milestone")
 
 
 class Busy(RuntimeError):
-    """Another process works on the same run directory."""
+    """Another process works on the same run directory, or on the same cores."""
+
+
+class Damaged(ValueError):
+    """A file of a finished stage cannot be read; the message names it and the directory to delete."""
+
+    def __init__(self, path: Path, reason: object):
+        super().__init__(f"{path} is damaged ({reason}); delete {path.parent} and give the same command again")
 
 
 def digest(value: Any) -> str:
@@ -210,8 +217,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file's value, or None where there is no file."""
-    return json.loads(path.read_text()) if path.is_file() else None
+    """A JSON file's value, or None where there is no file; raises `Damaged`."""
+    try:
+        return json.loads(path.read_text()) if path.is_file() else None
+    except ValueError as error:
+        raise Damaged(path, error) from None
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:

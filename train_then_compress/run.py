@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 
 from train_then_compress import __version__
@@ -30,7 +30,7 @@ from train_then_compress.config import BudgetConfig, Config, ConfigError, parse_
 from train_then_compress.config.base import reject
 from train_then_compress.cost import machine
 from train_then_compress.point import costs
-from train_then_compress.records import Busy, StageKey, append_row, atomic_write, read_json, write_json
+from train_then_compress.records import Busy, Damaged, StageKey, append_row, atomic_write, read_json, write_json
 from train_then_compress.tasks import ClassificationTask, task_of
 from train_then_compress.tracking.metrics import MetricsLog
 from train_then_compress.tracking.progress import StageProgress
@@ -43,6 +43,7 @@ from train_then_compress.training.checkpoint import (
     milestone_path,
     perplexity_milestone,
     read_checkpoint,
+    read_weights,
 )
 from train_then_compress.training.clock import Clock
 from train_then_compress.training.distillation import LENT, Distillation
@@ -92,7 +93,7 @@ class Run:
         model = self.task.new_model()
         weights = self.directory.stage(key) / "model.safetensors"
         if self.directory.stage_record(key) is not None:
-            model.load_state_dict(load_file(weights))
+            model.load_state_dict(read_weights(weights))
             self._warn_of_missing_milestones()
             return model
         spent = self._load_origin(model)
@@ -147,7 +148,7 @@ class Run:
             yield self.task
             return
         teacher = self.task.model_of(self.teacher.config)
-        teacher.load_state_dict(load_file(self.teacher.weights))
+        teacher.load_state_dict(read_weights(self.teacher.weights))
         distillation = Distillation(self.task, teacher.to(self.task.device), model, teaching, self.config.seed)
         with distillation.lending(model):
             yield distillation
@@ -157,7 +158,7 @@ class Run:
         if self.origin is None:
             return Clock()
         if self.origin.milestone is None:
-            self.task.load_origin(model, load_file(self.origin.weights))
+            self.task.load_origin(model, read_weights(self.origin.weights))
             return Clock(**(self.origin.directory.stage_record(self.origin.stage) or {})["clock"])
         checkpoints = self.origin.directory.checkpoints(self.origin.stage)
         snapshot = read_checkpoint(milestone_path(checkpoints, self.origin.milestone))
@@ -252,14 +253,14 @@ def main() -> int:
     """Read the config from the first argument, hold directory and machine, work; the exit status says how it went."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
     config = Config.build(json.loads(sys.argv[1]))
-    _set_up_process(config)
     cell = locate(config)
     try:
+        _set_up_process(config)
         work(cell)
     except interrupt.Interrupted as stop:
         print(f"{stop}; the same command goes on from there", file=sys.stderr)
         return INTERRUPTED
-    except (Busy, ConfigError, CheckpointError, Diverged) as error:
+    except (Busy, ConfigError, CheckpointError, Damaged, Diverged) as error:
         if parallel.rank() == 0:
             print(f"error: {error}", file=sys.stderr)
             if isinstance(error, Diverged):

@@ -30,7 +30,7 @@ from train_then_compress.config.base import reject
 from train_then_compress.cost import machine
 from train_then_compress.data.corpora import CorpusError
 from train_then_compress.data.prepare import Prepared
-from train_then_compress.records import read_json
+from train_then_compress.records import Busy, Damaged, read_json
 
 _ONLY_HYDRA = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--version"}
 _INTERRUPTED = 130
@@ -47,17 +47,23 @@ def run(arguments: list[str]) -> int:
     if any(argument.split("=")[0] in _ONLY_HYDRA for argument in arguments):
         _hydra(arguments, lambda composed: None)
         return 0
+    multirun = [argument for argument in arguments if argument in ("-m", "--multirun")]
+    # Hydra's parser takes overrides on one side of a flag only.
+    arguments = [*multirun, *(argument for argument in arguments if argument not in multirun)]
     configs, errors = compose(arguments)
     if errors:
         print("\n".join(f"error: {error}" for error in errors), file=sys.stderr)
         return 2
     try:
+        _check_places(configs)
         known: dict[str, Prepared] = {}
         cells = [locate(config, known) for config in configs]
-    except (ConfigError, CorpusError) as error:
+        waiting = [cell for cell in cells if not cell.done]
+        if not any(argument.startswith(("hydra/launcher", "hydra.launcher")) for argument in arguments):
+            _check_machine(waiting)
+    except (ConfigError, CorpusError, Damaged, Busy) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    waiting = [cell for cell in cells if not cell.done]
     study = cells[0].directory.path.parent
     print(f"{study}: {len(cells)} runs, {len(cells) - len(waiting)} done" + ("" if waiting else "; nothing to do"))
     if waiting:
@@ -71,6 +77,28 @@ def run(arguments: list[str]) -> int:
         if tracker.name == "wandb" and tracker.mode != "disabled":
             _track_frontier(study, tracker)
     return _summarize(cells)
+
+
+def _check_places(configs: list[Config]) -> None:
+    """Raise `ConfigError` for a sweep over several studies and for directories that cannot be made."""
+    if len({(config.study, config.paths.runs) for config in configs}) > 1:
+        studies = ",".join(dict.fromkeys(config.study for config in configs))
+        raise reject("study", studies, "a sweep is one study; give one command for each")
+    for key in ("runs", "cache"):
+        path = getattr(configs[0].paths, key)
+        try:
+            Path(path).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise reject(f"paths.{key}", path, f"this directory cannot be made ({error.strerror})") from None
+
+
+def _check_machine(waiting: list[Cell]) -> None:
+    """Raise `Busy` now, not once for each cell, where another run holds the machine that these need."""
+    for cell in waiting[:1]:
+        parts = (cell, cell.below) if cell.below is not None else (cell,)
+        timed = any(part.config.budget.kind == "seconds" and not part.done for part in parts)
+        with machine.held(cell.config.runtime.device, timed):
+            pass
 
 
 def prepare_only(name: str, overrides: list[str]) -> int:
@@ -108,7 +136,7 @@ def compose(arguments: list[str]) -> tuple[list[Config], list[str]]:
         try:
             config = resolve(composed)
             configs[repr(config)] = config
-        except ConfigError as error:
+        except (ConfigError, Damaged) as error:
             if str(error) not in errors:
                 errors.append(str(error))
 
@@ -206,7 +234,8 @@ def track(study: Path) -> list[str]:
 
     tracker = TrackerConfig(name="wandb", mode="offline")
     names = track_study(study, tracker)
-    _track_frontier(study, tracker)
+    if names:
+        _track_frontier(study, tracker)
     return names
 
 

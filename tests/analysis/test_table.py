@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from train_then_compress.analysis.table import COLUMNS, load_study, recipe_family, render
+from train_then_compress.analysis.table import COLUMNS, averaged, load_study, recipe_family, render, with_engines
 from train_then_compress.records import RunDirectory, append_row, write_json
 
 Writer = Callable[..., RunDirectory]
@@ -146,6 +146,33 @@ def test_markdown_is_rounded_with_units_in_its_head(tmp_path: Path, write: Write
     assert lines[2][lines[0].index("test perplexity")] == "533.0", "the unigram model's row"
     assert "seed" not in shown and "variant" not in shown, "what does not differ is not shown"
     assert {len(line) for line in lines} == {len(lines[0])} and set("".join(lines[1])) == {"-", ":"}
+
+
+def test_seeds_are_averaged_and_their_range_is_shown(tmp_path: Path, write: Writer) -> None:
+    for seed, loss in enumerate([1.0, 2.0, 4.0]):
+        write(tmp_path / "s", 1, 64, seed=seed, loss=loss, recipes=["none"])
+    means = averaged(load_study(tmp_path / "s").points)
+    dense = means[means["recipe"] == "none"].iloc[0]
+    values = [math.exp(loss) for loss in (1.0, 2.0, 4.0)]
+    assert dense["seeds"] == 3 and dense["test_perplexity"] == pytest.approx(sum(values) / 3, rel=0.05)
+    head, _, *rows = [line.strip("|\n").split("|") for line in render(means, "md").splitlines()]
+    shown = dict(zip(map(str.strip, head), map(str.strip, rows[-1]), strict=True))
+    low, high = dense["test_perplexity_low"], dense["test_perplexity_high"]
+    assert shown["test perplexity"] == f"{dense['test_perplexity']:.2f} ({low:.3f} to {high:.2f})" and low < high
+    assert shown["seeds"] == "3" and "weight_errors" not in means
+    assert render(means, "csv").count("\n") == 3
+
+
+def test_latencies_on_engines_stand_beside_their_points(tmp_path: Path, write: Writer) -> None:
+    runs = [write(tmp_path / "s", 1, 64, seed=seed, recipes=["none", "quant4"]).path.name for seed in (0, 1)]
+    rows = [{"point": f"{runs[0]}:quant4", "engine": "onnx", "unavailable": None, "latency_ms": 1.25},
+            {"point": f"{runs[0]}:none", "engine": "int4", "unavailable": "no 4-bit codes"}]  # fmt: skip
+    points = with_engines(load_study(tmp_path / "s").points, {"rows": rows})
+    assert points["latency_ms_onnx"].dropna().tolist() == [1.25] and "latency_ms_int4" not in points
+    for frame in (points, averaged(points)):
+        head, _, *lines = [line.strip("|\n").split("|") for line in render(frame, "md").splitlines()]
+        place = [cell.strip() for cell in head].index("onnx latency (ms)")
+        assert sorted(line[place].strip() for line in lines)[-2:] == ["", "1.25"]
 
 
 def test_an_unknown_format_is_named(study: Path) -> None:

@@ -160,12 +160,12 @@ def test_a_recipe_ends_in_the_same_weights_when_it_is_interrupted_on_the_way(
 @pytest.mark.parametrize("recipe, settings, words", [
     ("distill5", {}, "'distill5' is not a method without strength"),
     ("quant8+distill", {}, "quant8 must be the last step"),
-    ("distill", {"temperature": 0}, "steps.distill.temperature=0: allowed is greater than 0"),
-    ("distill", {"alpha": 1.5}, "steps.distill.alpha=1.5: allowed is less than or equal to 1"),
-    ("distill", {"hints": "attention"}, "steps.distill.hints='attention': allowed is 'none', 'hidden' or 'relations'"),
-    ("distill", {"layer_map": "first"}, "steps.distill.layer_map='first': allowed is 'uniform' or 'last'"),
-    ("distill", {"steps": 0}, "steps.distill.steps=0: allowed is greater than or equal to 1"),
-    ("distill", {"lr_factor": 0}, "steps.distill.lr_factor=0: allowed is greater than 0"),
+    ("distill", {"temperature": 0}, "steps.distill.temperature=0: must be greater than 0"),
+    ("distill", {"alpha": 1.5}, "steps.distill.alpha=1.5: must be less than or equal to 1"),
+    ("distill", {"hints": "attention"}, "steps.distill.hints='attention': must be 'none', 'hidden' or 'relations'"),
+    ("distill", {"layer_map": "first"}, "steps.distill.layer_map='first': must be 'uniform' or 'last'"),
+    ("distill", {"steps": 0}, "steps.distill.steps=0: must be greater than or equal to 1"),
+    ("distill", {"lr_factor": 0}, "steps.distill.lr_factor=0: must be greater than 0"),
     ("distill", {"teacher": "runs/x"}, "steps.distill.teacher='runs/x': there is no such setting"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(recipe: str, settings: dict[str, Any], words: str) -> None:

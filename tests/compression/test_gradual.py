@@ -183,12 +183,12 @@ def test_a_parametrized_model_costs_the_same_flops(stand: Callable[..., Any]) ->
     [
         ("gradual0", {}, "recipes: pruning 0 %: must lie between 1 and 99 per cent"),
         ("gradual100", {}, "recipes: pruning 100 %: must lie between 1 and 99 per cent"),
-        ("gradual60", {"scope": "row"}, "steps.gradual.scope='row': allowed is 'layer' or 'global'"),
+        ("gradual60", {"scope": "row"}, "steps.gradual.scope='row': must be 'layer' or 'global'"),
         ("gradual60", {"training": {"steps": 0}},
-         "steps.gradual.training.steps=0: allowed is greater than or equal to 1"),
+         "steps.gradual.training.steps=0: must be greater than or equal to 1"),
         ("gradual60", {"training": {"ramp": 1.1}},
-         "steps.gradual.training.ramp=1.1: allowed is less than or equal to 1"),
-        ("gradual60", {"training": {"begin": 1}}, "steps.gradual.training.begin=1: allowed is less than 1"),
+         "steps.gradual.training.ramp=1.1: must be less than or equal to 1"),
+        ("gradual60", {"training": {"begin": 1}}, "steps.gradual.training.begin=1: must be less than 1"),
         ("gradual60", {"training": {"begin": 0.8}},
          "steps.gradual.training.every=10: the sparsity must rise at least once between training.begin=0.8 and "
          "training.ramp=0.7 of training.steps=600"),

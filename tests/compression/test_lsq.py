@@ -312,11 +312,11 @@ def test_at_two_bits_training_beats_rounding(make_bench: MakeBench, tmp_path: Pa
         ("lsq", {}, "'lsq' is not a method and a strength"),
         ("lsq4+quant4", {}, "lsq4 must be the last step"),
         ("lsq4", {"group_size": 24}, "steps.lsq.group_size=24: must divide the matrices' inputs (model.width=32"),
-        ("lsq4", {"group_size": 1}, "steps.lsq.group_size=1: allowed is greater than or equal to 2"),
-        ("lsq4", {"granularity": "row"}, "steps.lsq.granularity='row': allowed is 'tensor', 'channel' or 'group'"),
-        ("lsq4", {"max_steps": 0}, "steps.lsq.max_steps=0: allowed is greater than or equal to 1"),
-        ("lsq4", {"lr_factor": 0}, "steps.lsq.lr_factor=0: allowed is greater than 0"),
-        ("lsq4", {"lr_factor": 11}, "steps.lsq.lr_factor=11: allowed is less than or equal to 10"),
+        ("lsq4", {"group_size": 1}, "steps.lsq.group_size=1: must be greater than or equal to 2"),
+        ("lsq4", {"granularity": "row"}, "steps.lsq.granularity='row': must be 'tensor', 'channel' or 'group'"),
+        ("lsq4", {"max_steps": 0}, "steps.lsq.max_steps=0: must be greater than or equal to 1"),
+        ("lsq4", {"lr_factor": 0}, "steps.lsq.lr_factor=0: must be greater than 0"),
+        ("lsq4", {"lr_factor": 11}, "steps.lsq.lr_factor=11: must be less than or equal to 10"),
     ],
 )
 def test_what_cannot_be_is_refused(recipe: str, settings: dict[str, Any], words: str) -> None:

@@ -189,7 +189,7 @@ LABELLED = {
     [
         ("movement100", {}, "recipes: pruning 100 %: must lie between 1 and 99 per cent"),
         ("movement60", {"training": {"every": 0}},
-         "steps.movement.training.every=0: allowed is greater than or equal to 1"),
+         "steps.movement.training.every=0: must be greater than or equal to 1"),
         ("movement60", {"training": {"begin": 0.7}}, "steps.movement.training.every=1: the sparsity must rise"),
         ("movement60", {"recovery": {}}, "steps.movement.recovery={}: there is no such setting"),
     ],

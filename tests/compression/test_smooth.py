@@ -319,11 +319,11 @@ def test_rescaled_weights_are_not_compared_with_the_dense_ones(make_bench: MakeB
         ("smooth16", {}, "recipes: smooth16: bits must be 8"),
         ("smooth", {}, "'smooth' is not a method and a strength"),
         ("smooth8+prune30", {}, "smooth8 must be the last step"),
-        ("smooth8", {"alpha": 1.5}, "steps.smooth.alpha=1.5: allowed is less than or equal to 1"),
-        ("smooth8", {"alpha": -0.1}, "steps.smooth.alpha=-0.1: allowed is greater than or equal to 0"),
-        ("smooth8", {"activations": "none"}, "steps.smooth.activations='none': allowed is 'dynamic' or 'static'"),
-        ("smooth8", {"granularity": "group"}, "steps.smooth.granularity='group': allowed is 'tensor' or 'channel'"),
-        ("smooth8", {"calibration_batches": 0}, "steps.smooth.calibration_batches=0: allowed is greater than or equal"),
+        ("smooth8", {"alpha": 1.5}, "steps.smooth.alpha=1.5: must be less than or equal to 1"),
+        ("smooth8", {"alpha": -0.1}, "steps.smooth.alpha=-0.1: must be greater than or equal to 0"),
+        ("smooth8", {"activations": "none"}, "steps.smooth.activations='none': must be 'dynamic' or 'static'"),
+        ("smooth8", {"granularity": "group"}, "steps.smooth.granularity='group': must be 'tensor' or 'channel'"),
+        ("smooth8", {"calibration_batches": 0}, "steps.smooth.calibration_batches=0: must be greater than or equal"),
     ],
 )
 def test_what_cannot_be_is_refused(recipe: str, settings: dict[str, Any], words: str) -> None:

@@ -197,9 +197,9 @@ def test_pruned_before_and_quantized_after_zeros_stay(stand: Callable[..., Any],
     [
         ("wanda100", {}, "recipes: pruning 100 %: must lie between 1 and 99 per cent"),
         ("wanda50", {"calibration_batches": 0},
-         "steps.wanda.calibration_batches=0: allowed is greater than or equal to 1"),
+         "steps.wanda.calibration_batches=0: must be greater than or equal to 1"),
         ("wanda50", {"recovery": {"max_steps": -1}},
-         "steps.wanda.recovery.max_steps=-1: allowed is greater than or equal to 0"),
+         "steps.wanda.recovery.max_steps=-1: must be greater than or equal to 0"),
         ("wanda50", {"scope": "layer"}, "steps.wanda.scope='layer': there is no such setting"),
     ],
 )  # fmt: skip

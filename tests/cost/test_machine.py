@@ -64,8 +64,21 @@ def test_an_exclusive_run_stands_alone(device: str, first: str, second: str, all
             assert said == "in"
         else:
             place = f"core{machine.usable_cores()[0]}" if device == "cpu" else "cuda"
-            assert said.startswith(f"{place} is in use by another run, and wall-clock budgets (budget.kind=seconds)")
-            assert "wait for the other run, give each its own cores (taskset), or use another budget.kind" in said
+            assert said.startswith(f"{place} is in use by another run (process {os.getpid()}), and one of the two is")
+            assert said.endswith("wait for the other, stop it, or give each cores of its own (taskset)")
+
+
+@pytest.mark.usefixtures("own_locks")
+def test_runs_that_are_not_timed_are_warned_of_each_other(caplog: pytest.LogCaptureFixture) -> None:
+    with machine.held("cpu", exclusive=False):
+        assert not caplog.messages
+        with machine.held("cuda", exclusive=False):
+            assert not caplog.messages
+    with child("cpu", "shared"), machine.held("cpu", exclusive=False):
+        assert "another run uses the same cores" in caplog.text
+    caplog.clear()
+    with machine.held("cpu", exclusive=False):
+        assert not caplog.messages
 
 
 @pytest.mark.usefixtures("own_locks")

@@ -59,7 +59,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(
     with caplog.at_level(logging.WARNING):
         latest = checkpoints.latest()
     assert latest is not None and latest.clock.steps == 1
-    assert "step-000000002" in caplog.text and "going back" in caplog.text
+    assert "step-000000002" in caplog.text and "passed over" in caplog.text
 
 
 def test_a_full_disk_is_said_in_words_and_leaves_the_earlier_checkpoint(

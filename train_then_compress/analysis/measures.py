@@ -63,7 +63,10 @@ MEASURES = {
     ),
     "classification": TaskMeasures(
         curve=Measure("accuracy", "validation accuracy", **_ACCURACY),  # type: ignore[arg-type]
-        points=[Measure("test_accuracy", "test accuracy", **_ACCURACY)],  # type: ignore[arg-type]
+        points=[
+            Measure("test_accuracy", "test accuracy", **_ACCURACY),  # type: ignore[arg-type]
+            Measure("test_loss", "test loss", 2.0, unit="nats"),
+        ],
         baseline="majority",
         share=1.0,
         too_little="validation accuracy not above that of the most frequent label",

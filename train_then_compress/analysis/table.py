@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from train_then_compress.analysis.frontier import CELL, study_frontier
+from train_then_compress.analysis.frontier import CELL, SERIES, mean_over_seeds, study_frontier
 from train_then_compress.analysis.measures import MEASURES
 from train_then_compress.analysis.runs import Run, read_runs, runs_frame, what_is_missing
 
@@ -190,8 +190,10 @@ def render(frame: pd.DataFrame, format: str) -> str:
     if format == "md":
         return _markdown(frame)
     if format == "csv":
-        errors = frame["weight_errors"].map(lambda value: json.dumps(value) if value else "")
-        return frame.assign(weight_errors=errors).to_csv(index=False, lineterminator="\n")
+        if "weight_errors" in frame:
+            errors = frame["weight_errors"].map(lambda value: json.dumps(value) if value else "")
+            frame = frame.assign(weight_errors=errors)
+        return frame.to_csv(index=False, lineterminator="\n")
     if format == "json":
         rows = [{key: _plain(value) for key, value in row.items()} for row in frame.to_dict("records")]
         return json.dumps(rows, indent=2) + "\n"
@@ -229,8 +231,10 @@ _MARKDOWN: dict[str, tuple[str, Callable[[Any], str]]] = {
     "width": ("width", str),
     "variant": ("variant", str),
     "seed": ("seed", str),
+    "seeds": ("seeds", str),
     "recipe": ("recipe", str),
     "test_perplexity": ("test perplexity", _digits(4)),
+    "test_loss": ("test loss", _digits(3)),
     "test_accuracy": ("test accuracy (%)", _digits(3, 0.01)),
     "bytes": ("size (MB)", _digits(3, 1e6)),
     "compression_ratio": ("ratio to bf16", _digits(3)),
@@ -244,20 +248,61 @@ _MARKDOWN: dict[str, tuple[str, Callable[[Any], str]]] = {
     "validation_accuracy": ("dense validation accuracy (%)", _digits(3, 0.01)),
     "frontier": ("frontier", lambda value: "yes" if value else ""),
 }
+_ON_ENGINE = "latency_ms_"
 _SHOWN_IF_VARIED = [*CELL, "variant", "seed"]
+#: Shown for the tasks that are judged by them.
+_QUALITY = ["test_perplexity", "test_loss", "test_accuracy", "validation_perplexity", "validation_accuracy"]
+
+
+def with_engines(points: pd.DataFrame, measured: dict[str, Any]) -> pd.DataFrame:
+    """The points with what ``ttc engines`` measured of them: a column ``latency_ms_<engine>`` for each engine."""
+    points, names = points.copy(), points["run"] + ":" + points["recipe"]
+    for row in measured["rows"]:
+        if row["unavailable"] is None:
+            points.loc[names == row["point"], f"{_ON_ENGINE}{row['engine']}"] = row["latency_ms"]
+    return points
+
+
+def averaged(points: pd.DataFrame) -> pd.DataFrame:
+    """Means over seeds, one row per model and recipe, with ``seeds``, their number, and for each column its smallest
+    and largest value (``_low``, ``_high``)."""
+    left_out = {*_TEXT, *CELL, *SERIES, "seed"}
+    return mean_over_seeds(points, [name for name in _shown(points) if name not in left_out])
+
+
+def _shown(frame: pd.DataFrame) -> dict[str, tuple[str, Callable[[Any], str]]]:
+    """`_MARKDOWN` as far as the frame has it, and its engines before what compression cost."""
+    names = [str(name) for name in frame if not str(name).endswith(("_low", "_high"))]
+    engines = {name: (f"{name.removeprefix(_ON_ENGINE)} latency (ms)", _digits(3))
+               for name in names if name.startswith(_ON_ENGINE)}  # fmt: skip
+    shown: dict[str, tuple[str, Callable[[Any], str]]] = {}
+    for name, column in _MARKDOWN.items():
+        if name == "weight_error":
+            shown |= engines
+        if name in names:
+            shown[name] = column
+    return shown
+
+
+def _cell(row: dict[Any, Any], name: str, write: Callable[[Any], str]) -> str:
+    """A value as it is written; the quality of several seeds with its range."""
+    value = row[name]
+    if pd.isna(value):
+        return ""
+    if name not in _QUALITY or row.get("seeds", 1) == 1:
+        return write(value)
+    return f"{write(value)} ({write(row[f'{name}_low'])} to {write(row[f'{name}_high'])})"
 
 
 def _markdown(frame: pd.DataFrame) -> str:
     models = frame[~frame["recipe"].isin([measures.baseline for measures in MEASURES.values()])]
     tasks = [MEASURES[task] for task in models["task"].unique()]
-    ranking = {name for task in tasks for name in (task.points[0].column, f"validation_{task.curve.column}")}
-    unranked = {"test_perplexity", "validation_perplexity", "validation_accuracy"} - ranking
-    names = [name for name in _MARKDOWN if name not in unranked
-             and (name not in _SHOWN_IF_VARIED or models[name].nunique(dropna=False) > 1)]  # fmt: skip
+    shown = {f"validation_{task.curve.column}" for task in tasks} | {m.column for task in tasks for m in task.points}
+    columns_of = {name: column for name, column in _shown(frame).items() if (name not in _QUALITY or name in shown)
+                  and (name not in _SHOWN_IF_VARIED or models[name].nunique(dropna=False) > 1)}  # fmt: skip
     columns = []
-    for name in names:
-        heading, write = _MARKDOWN[name]
-        cells = [heading, *("" if pd.isna(value) else write(value) for value in frame[name])]
+    for name, (heading, write) in columns_of.items():
+        cells = [heading, *(_cell(row, name, write) for row in frame.to_dict("records"))]
         width = max(map(len, cells))
         is_text = name in _TEXT
         rule = "-" * width if is_text else "-" * (width - 1) + ":"

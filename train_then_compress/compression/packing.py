@@ -25,11 +25,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from train_then_compress.compression.compressed import Codebook, Codes, Compressed, spread
+from train_then_compress.records import Damaged
 
 FORMAT = "train_then_compress packed 1"
 _KEY = "packed"
@@ -92,16 +93,15 @@ def _pack_scales(codes: Codes | Codebook, parts: dict[str, list[Tensor]]) -> dic
 def unpack(path: Path, model: nn.Module) -> Compressed:
     """Give ``model``, a dense one, a packed file's architecture and weights, and return it with its masks and codes.
 
-    Raises `ValueError` for a file that is not in this format or belongs to a model of another shape.
+    Raises `Damaged`, and `ValueError` for a file that is not in this format or belongs to a model of another shape.
     """
-    metadata = _metadata(path)
+    metadata, tensors = _read(path)
     layout = json.loads(zlib.decompress(base64.b64decode(metadata["layout"])))
     result = Compressed(model)
     for change in metadata.get("structure", []):
         result.change(change)
     model = result.model
-    with safe_open(path, framework="pt") as file:
-        take = _Taker({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118 (not a mapping)
+    take = _Taker(tensors)
     expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     stored = {name: entry["shape"] for name, entry in layout.items()}
     if stored != expected:
@@ -124,16 +124,20 @@ def unpack(path: Path, model: nn.Module) -> Compressed:
 
 def facts(path: Path) -> dict[str, Any]:
     """What was said of a packed file when it was written."""
-    said: dict[str, Any] = _metadata(path)["facts"]
+    said: dict[str, Any] = _read(path)[0]["facts"]
     return said
 
 
-def _metadata(path: Path) -> dict[str, Any]:
-    with safe_open(path, framework="pt") as file:
-        metadata: dict[str, Any] = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, Any] = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (OSError, SafetensorError) as error:
+        raise Damaged(path, error) from None
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is not a packed model of this project ({FORMAT})")
-    return metadata
+    return metadata, tensors
 
 
 def _codes(entry: dict[str, Any], mask: Tensor, take: _Taker) -> Codes | Codebook:

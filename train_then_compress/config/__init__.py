@@ -81,8 +81,14 @@ class Config:
 
     @classmethod
     def load(cls, path: Path) -> Config:
-        """The config written beside a run."""
-        return cls.build(yaml.safe_load(path.read_text()))
+        """The config written beside a run; raises `ConfigError` where it is damaged."""
+        try:
+            values = yaml.safe_load(path.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError):
+            values = None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} is damaged: it is not the YAML of a run; delete {path.parent} to do it anew")
+        return cls.build(values)
 
     def parsed_recipes(self) -> dict[str, list[Step]]:
         """Each recipe's steps, in the order given, each recipe once."""

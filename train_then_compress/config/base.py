@@ -36,7 +36,7 @@ def reject(key: str, value: object, allowed: str) -> ConfigError:
 
 
 def explain(error: ValidationError, prefix: str = "") -> ConfigError:
-    """All problems pydantic found, one line each: ``key=value: what is allowed``."""
+    """All problems pydantic found, one line each: ``key=value: what it must be``."""
     lines = []
     for problem in error.errors():
         cause = problem.get("ctx", {}).get("error")
@@ -46,13 +46,13 @@ def explain(error: ValidationError, prefix: str = "") -> ConfigError:
         names = [str(part) for part in problem["loc"] if not str(part)[:1].isupper()]
         key = ".".join(filter(None, [prefix, *_without_tag(names)]))
         if problem["type"] == "union_tag_invalid":
-            lines.append(f"{key}.name={problem['ctx']['tag']!r}: allowed is {problem['ctx']['expected_tags']}")
+            lines.append(f"{key}.name={problem['ctx']['tag']!r}: must be one of {problem['ctx']['expected_tags']}")
             continue
         if problem["type"] == "unexpected_keyword_argument":
             lines.append(f"{key}={problem['input']!r}: there is no such setting")
             continue
         message = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-        lines.append(f"{key}={problem['input']!r}: allowed is {message}" if key else message)
+        lines.append(f"{key}={problem['input']!r}: must be {message}" if key else message)
     return ConfigError("\n".join(lines))
 
 

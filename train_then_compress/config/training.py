@@ -27,7 +27,7 @@ class ClassificationTask:
 
 @config_dataclass
 class BudgetConfig:
-    """What training may spend. ``seconds`` are training-step time only (DESIGN, rule 1); ``epochs`` of labels."""
+    """What training may spend. ``seconds`` are training-step time only; ``epochs`` of labels."""
 
     kind: Literal["seconds", "flops", "tokens", "steps", "epochs"] = "seconds"
     value: float = Field(600, gt=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import platform
 import tempfile
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from train_then_compress.records import Busy
+
+log = logging.getLogger(__name__)
 
 
 def cpu_facts() -> tuple[str, frozenset[str]]:
@@ -74,20 +77,39 @@ def calibrate(device: str = "cpu", seconds: float = 0.5) -> dict[str, float]:
 def held(device: str, exclusive: bool) -> Iterator[None]:
     """Hold this process's cores (or the GPU) for the length of a run.
 
-    Wall-clock budgets need the machine for themselves (DESIGN, rule 7): they hold it exclusively and refuse to begin
-    beside any other run on the same cores; other runs only refuse beside an exclusive one. Raises `Busy`.
+    Wall-clock budgets need the machine for themselves: they hold it exclusively and refuse to begin beside any other
+    run on the same cores; other runs only refuse beside an exclusive one, and are warned of each other. Raises `Busy`.
     """
     places = [f"core{core}" for core in usable_cores()] if device == "cpu" else ["cuda"]
     directory = Path(tempfile.gettempdir()) / f"train_then_compress-{os.getuid()}"
     directory.mkdir(exist_ok=True)
+    beside = False
     with ExitStack() as stack:
         for place in places:
-            file = stack.enter_context((directory / place).open("w"))
+            file = stack.enter_context((directory / place).open("a+"))
+            file.seek(0)
+            other = file.read()
             try:
                 fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
             except OSError:
                 raise Busy(
-                    f"{place} is in use by another run, and wall-clock budgets (budget.kind=seconds) need an exclusive "
-                    "machine: wait for the other run, give each its own cores (taskset), or use another budget.kind"
+                    f"{place} is in use by another run (process {other or 'unknown'}), and one of the two is timed: "
+                    "wait for the other, stop it, or give each cores of its own (taskset)"
                 ) from None
+            beside |= not exclusive and _runs(other)
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            stack.callback(file.truncate, 0)
+        if beside:
+            log.warning("another run uses the same cores: seconds and latencies measured now mean little, and both are "
+                        "slow unless each has threads of its own (runtime.threads)")  # fmt: skip
         yield
+
+
+def _runs(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, OSError):
+        return False
+    return True

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from train_then_compress.config import Milestone
+from train_then_compress.records import Damaged
 from train_then_compress.training.clock import Clock
 
 log = logging.getLogger(__name__)
@@ -82,12 +84,15 @@ class Checkpoints:
         self._drop_old()
 
     def latest(self) -> Snapshot | None:
-        """The newest checkpoint that is whole; a torn or altered one is reported and passed over."""
-        for path in sorted(self.directory.glob("step-*"), reverse=True):
+        """The newest checkpoint that is whole; torn or altered ones are reported and passed over."""
+        paths = sorted(self.directory.glob("step-*"), reverse=True)
+        for path in paths:
             try:
                 return read_checkpoint(path)
             except CheckpointError as error:
-                log.warning("%s; going back to the checkpoint before it", error)
+                log.warning("%s; passed over", error)
+        if paths:
+            log.warning("%s holds no whole checkpoint: training begins again", self.directory)
         return None
 
     def has(self, milestone: Milestone) -> bool:
@@ -136,6 +141,14 @@ def read_checkpoint(path: Path) -> Snapshot:
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} is not a whole checkpoint ({error})") from error
     return Snapshot(model, optimizer, Clock(**state["clock"]), state["milestone"])
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The weights of a finished stage; raises `Damaged`."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise Damaged(path, error) from None
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ Schedule = Callable[[float], float]
 
 
 def schedule(config: OptimizerConfig) -> Schedule:
-    """The rate at a progress in [0, 1]: zero at 1 for every budget and size (DESIGN, rule 2)."""
+    """The rate at a progress in [0, 1]: zero at 1 for every budget and size."""
     start = 1 - config.cooldown if config.schedule == "wsd" else config.warmup
 
     def rate(progress: float) -> float:

@@ -1,0 +1,111 @@
+"""`ttc run` disturbed: killed, told to stop, diverging, met by another process, and in two processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from train_then_compress.records import RunDirectory, read_json, read_rows
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+TTC = [str(Path(sys.executable).with_name("ttc"))]
+
+
+def runs_of(study: Path) -> list[Path]:
+    return sorted(path.parent for path in study.glob("*/config.yaml"))
+
+
+def weights_below(run: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of every file that a run's stages left, by file."""
+    return {str(path.relative_to(run)): load_file(path) for path in sorted(run.glob("stages/**/*.safetensors"))}
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    a, b = weights_below(first), weights_below(second)
+    assert a.keys() == b.keys() and a
+    for name in a:
+        assert all(torch.equal(a[name][key], b[name][key]) for key in a[name]), name
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_killed_at_several_moments_it_ends_in_the_same_weights(
+    tmp_path: Path, common: list[str], ttc: Command, dtype: str
+) -> None:
+    """SIGKILL in training and in recovery, with dropout; then the same command."""
+    arguments = [
+        "run", *common, "recipes=[prune90]", "steps.prune.increment=45", "steps.prune.recovery.check_every=20",
+        "budget.value=120", "optimizer.lr=1e-2", "model.dropout=0.1", f"runtime.dtype={dtype}",
+    ]  # fmt: skip
+    assert ttc(*arguments, "study=calm", cwd=tmp_path).returncode == 0
+    for stage, step in (("pretrain", 6), ("pretrain", 70), ("prune45", 7), ("prune90", 9)):
+        kill_at(tmp_path, [*arguments, "study=killed"], stage, step)
+    finished = ttc(*arguments, "study=killed", cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    (calm,), (killed,) = runs_of(tmp_path / "runs/calm"), runs_of(tmp_path / "runs/killed")
+    assert_same_weights(calm, killed)
+    rows = [(row["stage"], row["split"], row["steps"]) for row in read_rows(killed / "metrics.jsonl")]
+    assert len(rows) == len(set(rows))
+
+
+def kill_at(directory: Path, arguments: list[str], stage: str, step: int) -> None:
+    """Start `ttc` in a process group of its own and kill the group once a stage's checkpoint of that step is there."""
+    process = subprocess.Popen([*TTC, *arguments], cwd=directory, start_new_session=True, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        reached = [int(path.name[5:]) for path in directory.glob(f"runs/killed/*/checkpoint/{stage}-*/step-*")]
+        if max(reached, default=0) >= step:
+            break
+        time.sleep(0.002)
+    assert process.poll() is None, f"ended before {stage} reached step {step}"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_sigterm_writes_a_checkpoint_and_stops_the_sweep(tmp_path: Path, common: list[str]) -> None:
+    arguments = ["run", "-m", *common, "study=stopped", "seed=0,1", "budget.value=100000"]
+    process = subprocess.Popen([*TTC, *arguments], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(tmp_path.glob("runs/stopped/*/checkpoint/*/step-*")):
+        time.sleep(0.05)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "its checkpoint is written" in errors
+    assert len(runs_of(tmp_path / "runs/stopped")) == 1
+
+
+def test_a_run_that_diverges_is_recorded_and_the_sweep_goes_on(tmp_path: Path, common: list[str], ttc: Command) -> None:
+    done = ttc("run", "-m", *common, "study=bad", "optimizer.weight_decay=1e30,0.01", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "not done" in done.stderr and "not finite at step" in done.stderr
+    failed, finished = sorted(runs_of(tmp_path / "runs/bad"), key=lambda run: (run / "result.json").exists())
+    assert "not finite" in read_json(failed / "failure.json")["reason"]
+    assert (finished / "result.json").exists() and not (finished / "failure.json").exists()
+
+
+def test_a_second_process_on_the_same_run_refuses_in_words(tmp_path: Path, common: list[str], ttc: Command) -> None:
+    assert ttc("run", *common, "study=one", "budget.value=2", cwd=tmp_path).returncode == 0
+    (run,) = runs_of(tmp_path / "runs/one")
+    (run / "result.json").unlink()
+    with RunDirectory(run).locked():
+        refused = ttc("run", *common, "study=one", "budget.value=2", cwd=tmp_path)
+    assert refused.returncode == 1 and "is being worked on by another process" in refused.stderr
+
+
+def test_two_processes_train_as_one(tmp_path: Path, common: list[str], ttc: Command) -> None:
+    """Data parallelism changes the order of additions only."""
+    arguments = ["run", *common, "budget.value=4", "optimizer.warmup=0", "recipes=[none]"]
+    assert ttc(*arguments, "study=alone", cwd=tmp_path).returncode == 0
+    both = ttc(*arguments, "study=both", "runtime.processes=2", cwd=tmp_path)
+    assert both.returncode == 0, both.stderr
+    (alone,), (together,) = (list(tmp_path.glob(f"runs/{s}/*/stages/*/model.safetensors")) for s in ("alone", "both"))
+    expected, weights = load_file(alone), load_file(together)
+    for name in expected:
+        assert torch.allclose(expected[name], weights[name], atol=1e-5), name
