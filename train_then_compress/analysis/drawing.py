@@ -39,9 +39,11 @@ _STYLE: Any = {
     "grid.color": "0.9", "grid.linewidth": 0.6, "axes.edgecolor": "0.3", "xtick.color": "0.2", "ytick.color": "0.2",
     "legend.frameon": False, "legend.fontsize": 8.5, "legend.title_fontsize": 8.5, "lines.linewidth": 1.4,
 }  # fmt: skip
-#: The page in inches: its width, what surrounds the axes, and the axes' least height.
-_WIDTH, _LEFT, _TOP, _BOTTOM, _NOTE_LINE, _LEAST_HEIGHT = 7.2, 0.7, 0.62, 0.56, 0.15, 3.3
-_MARKERS = "osD^vPX<>*hp8"
+#: The page in inches: its least width, what surrounds the axes, and the axes' least width and height.
+_WIDTH, _LEFT, _TOP, _BOTTOM, _NOTE_LINE, _LEAST_WIDTH, _LEAST_HEIGHT = 7.2, 0.7, 0.62, 0.56, 0.15, 3.9, 3.3
+#: Characters of the subtitle and of a note in one line of the least width.
+_SUBTITLE, _NOTE = 104, 122
+_MARKERS: list[str] = [*"osD^vPX<>*hp8dH", r"$\clubsuit$", r"$\spadesuit$"]
 _DASHES: list[Any] = ["-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 1, 1, 1, 1, 1))]
 _MOST_TICKS = 7
 #: Round values for ticks, from few to many: seconds, and mantissas of everything else.
@@ -74,11 +76,10 @@ def page(title: str, subtitle: str) -> Iterator[tuple[Figure, Axes]]:
 def lay_out(figure: Figure, axes: Axes, legends: Sequence[tuple[str, list[Line2D]]], notes: Sequence[str]) -> None:
     """Give everything its place: title above, legends (title, entries) to the right, notes below, the axes between.
 
-    The page grows in height with its legends and notes, so that nothing covers anything.
+    The page grows with its legends and notes, so that nothing covers anything.
     """
     title, subtitle = axes.get_title(loc="left").split("\n")
     axes.set_title("", loc="left")
-    lines = [line for note in notes if note for line in textwrap.wrap(note, 122)]
     drawn = [
         figure.legend(handles=entries, title=heading, loc="upper left", alignment="left", borderaxespad=0, borderpad=0,
                       handlelength=2.6, labelspacing=0.45, ncols=1 + len(entries) // 28)
@@ -86,22 +87,26 @@ def lay_out(figure: Figure, axes: Axes, legends: Sequence[tuple[str, list[Line2D
     ]  # fmt: skip
     boxes = [legend.get_window_extent() for legend in drawn]
     aside = max((box.width / figure.dpi for box in boxes), default=0.0)
+    width = max(_WIDTH, _LEFT + _LEAST_WIDTH + aside + 0.3)
+    lines = [line for note in notes if note for line in textwrap.wrap(note, int(_NOTE * width / _WIDTH))]
+    subtitle_lines = textwrap.wrap(subtitle, int(_SUBTITLE * width / _WIDTH))
+    above = _TOP + _NOTE_LINE * (len(subtitle_lines) - 1)
     between = 0.18
     legend_heights = [box.height / figure.dpi + between for box in boxes]
     axes_height = max(_LEAST_HEIGHT, sum(legend_heights) - _BOTTOM + between)
     bottom = _BOTTOM + _NOTE_LINE * len(lines) + (0.06 if lines else 0)
-    height = _TOP + axes_height + bottom
-    figure.set_figheight(height)
-    right = _WIDTH - aside - 0.3
-    axes.set_position((_LEFT / _WIDTH, bottom / height, (right - _LEFT) / _WIDTH, axes_height / height))
-    top = height - _TOP
+    height = above + axes_height + bottom
+    figure.set_size_inches(width, height)
+    right = width - aside - 0.3
+    axes.set_position((_LEFT / width, bottom / height, (right - _LEFT) / width, axes_height / height))
+    top = height - above
     for legend, used in zip(drawn, legend_heights, strict=True):
         legend.get_title().set_fontweight("bold")
-        legend.set_bbox_to_anchor(((right + 0.18) / _WIDTH, top / height))
+        legend.set_bbox_to_anchor(((right + 0.18) / width, top / height))
         top -= used
-    edge = 0.1 / _WIDTH
+    edge = 0.1 / width
     figure.text(edge, 1 - 0.1 / height, title, va="top", fontsize=11, fontweight="bold")
-    figure.text(edge, 1 - 0.31 / height, subtitle, va="top", fontsize=8.5, color="0.25")
+    figure.text(edge, 1 - 0.31 / height, "\n".join(subtitle_lines), va="top", fontsize=8.5, color="0.25")
     figure.text(edge, 0.08 / height, "\n".join(lines), va="bottom", fontsize=7.5, color="0.3", linespacing=1.35)
 
 
@@ -127,6 +132,12 @@ def size_colours(count: int) -> list[str]:
     shades = np.linspace(0.84, 0.0, count) if count > 1 else [0.3]
     colour_of = matplotlib.colormaps["viridis"]
     return [to_hex(colour_of(float(shade))) for shade in shades]
+
+
+def distinct_colours(count: int) -> list[str]:
+    """Colours without an order, as different as so many can be."""
+    colour_of = matplotlib.colormaps["tab20"]
+    return [to_hex(colour_of(2 * index % 20 + index // 10 % 2)) for index in range(count)]
 
 
 def marker(index: int) -> str:

@@ -23,14 +23,16 @@ COSTS = [
     drawing.Quantity("bytes", "size of the packed file", "bytes"),
     drawing.Quantity("nonzero", "non-zero parameters", "count"),
 ]
+#: By a model's keys and a family of recipes.
+Colours = dict[tuple[tuple[int, int, str], str], str]
 _FRONTIER: dict[str, Any] = {"color": "0.15", "linestyle": (0, (4, 2)), "linewidth": 1.0}
 
 
 def quality_by_cost(study: Study, quality: Measure, cost: drawing.Quantity) -> Figure | None:
     """Every model and recipe (mean over seeds) of a study of one cell, and the frontier.
 
-    Colour says which model; the marker which family of recipes, the smaller the stronger; a faint line joins one
-    model's strengths. None where no point has both quality and cost.
+    Colour says which model or, where there is one alone, which family of recipes; the marker which family, the smaller
+    the stronger; a faint line joins one model's strengths. None where no point has both quality and cost.
     """
     runs = study.runs[study.runs["learned"]]
     points = study.points[study.points["run"].isin(runs["run"])].dropna(subset=[quality.column, cost.column])
@@ -46,11 +48,12 @@ def quality_by_cost(study: Study, quality: Measure, cost: drawing.Quantity) -> F
             drawing.log_axis(axes, "y", *limits, "plain")
         marks, models = _marks(points), models_of(runs)
         models = [model for model in models if len(model.rows(means))]
-        _draw_lines(axes, models, means)
-        _draw_markers(axes, models, means, marks)
+        colours = _colours(models, marks)
+        _draw_lines(axes, models, means, colours)
+        _draw_markers(axes, means, marks, colours)
         best = means[means["frontier"]].sort_values("x")
         axes.step(best["x"], best["y"], where="post", zorder=2.5, **_FRONTIER)
-        legends = [(heading(runs), _model_entries(models)), ("recipe", _recipe_entries(marks))]
+        legends = [(heading(runs), _model_entries(models)), ("recipe", _recipe_entries(marks, models))]
         drawing.lay_out(figure, axes, legends, [_explained(marks), *_cut_off(means, quality), *left_out(study)])
         labels = list(dict.fromkeys(zip(best["x"], best["y"], best["recipe"].map(_shown), strict=True)))
         drawing.label_points(figure, axes, labels, means[["x", "y"]].to_numpy(), below=not quality.higher_is_better)
@@ -108,7 +111,15 @@ def _marks(points: pd.DataFrame) -> dict[str, tuple[str, float]]:
     return marks
 
 
-def _draw_lines(axes: Axes, models: list[Model], means: pd.DataFrame) -> None:
+def _colours(models: list[Model], marks: Iterable[str]) -> Colours:
+    """A model's colour; of one model alone, colours that tell the families apart."""
+    families = dict.fromkeys(map(recipe_family, marks))
+    apart = dict(zip(families, drawing.distinct_colours(len(families)), strict=True))
+    return {(model.keys, family): apart[family] if len(models) == 1 else model.colour
+            for model in models for family in families}  # fmt: skip
+
+
+def _draw_lines(axes: Axes, models: list[Model], means: pd.DataFrame, colours: Colours) -> None:
     """A faint line through each model's strengths of one family, from the dense model; bars for the range of seeds."""
     chains: list[np.ndarray] = []
     chain_colours, bars, bar_colours = [], [], []
@@ -117,22 +128,22 @@ def _draw_lines(axes: Axes, models: list[Model], means: pd.DataFrame) -> None:
         own = model.rows(kept)
         for family in own["family"].unique():
             chains.append(own.loc[own["family"].isin(["dense", family]), ["x", "y"]].to_numpy())
-            chain_colours.append(model.colour)
+            chain_colours.append(colours[model.keys, family])
         several = own[own["seeds"] > 1]
         bars += [[(x, low), (x, high)] for x, low, high in several[["x", "low", "high"]].to_numpy()]
-        bar_colours += [model.colour] * len(several)
+        bar_colours += [colours[model.keys, family] for family in several["family"]]
     axes.add_collection(LineCollection(chains, colors=chain_colours, alpha=0.45, linewidths=0.8, zorder=2))
     axes.add_collection(LineCollection(bars, colors=bar_colours, linewidths=1.0, zorder=3))
 
 
-def _draw_markers(axes: Axes, models: list[Model], means: pd.DataFrame, marks: dict[str, tuple[str, float]]) -> None:
-    colour_of = {model.keys: model.colour for model in models}
-    for (_, cut), rows in means.groupby(["family", "cut"], sort=False):
-        colours = [colour_of[keys] for keys in zip(rows["depth"], rows["width"], rows["variant"], strict=True)]
+def _draw_markers(axes: Axes, means: pd.DataFrame, marks: dict[str, tuple[str, float]], colours: Colours) -> None:
+    for (family, cut), rows in means.groupby(["family", "cut"], sort=False):
+        keys = zip(rows["depth"], rows["width"], rows["variant"], strict=True)
+        own = [colours[each, str(family)] for each in keys]
         axes.scatter(
             rows["x"], rows["y"], s=[marks[recipe][1] ** 2 for recipe in rows["recipe"]],
-            marker=marks[rows["recipe"].iloc[0]][0], facecolors=["white"] * len(rows) if cut else colours,
-            edgecolors=colours if cut else ["white"], linewidths=1.2 if cut else 0.6, clip_on=False, zorder=4,
+            marker=marks[rows["recipe"].iloc[0]][0], facecolors=["white"] * len(rows) if cut else own,
+            edgecolors=own if cut else ["white"], linewidths=1.2 if cut else 0.6, clip_on=False, zorder=4,
         )  # fmt: skip
 
 
@@ -141,8 +152,10 @@ def _model_entries(models: list[Model]) -> list[Line2D]:
             for model in models]  # fmt: skip
 
 
-def _recipe_entries(marks: dict[str, tuple[str, float]]) -> list[Line2D]:
-    entries = [Line2D([], [], marker=marker, markersize=size, linestyle="", color="0.35", label=_shown(recipe))
+def _recipe_entries(marks: dict[str, tuple[str, float]], models: list[Model]) -> list[Line2D]:
+    colours = _colours(models, marks) if len(models) == 1 else {}
+    entries = [Line2D([], [], marker=marker, markersize=size, linestyle="", label=_shown(recipe),
+                      color=colours.get((models[0].keys, recipe_family(recipe)), "0.35"))
                for recipe, (marker, size) in marks.items()]  # fmt: skip
     return [*entries, Line2D([], [], label="frontier", **_FRONTIER)]
 
