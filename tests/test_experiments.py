@@ -5,13 +5,15 @@ import json
 import signal
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from train_then_compress import run, sweep
+from train_then_compress import point, run, sweep
 from train_then_compress.config import conf_directory
+from train_then_compress.cost import latency
 from train_then_compress.records import RunDirectory, read_json
 
 #: Those of paper scale need the internet and a GPU; tests/config composes and validates them.
@@ -56,6 +58,8 @@ def test_every_cell_takes_two_steps(
     small += [f"paths.cache={cache}", f"paths.runs={tmp_path}", "evaluation.validation_sequences=4", *QUICK]
     if experiment == "compression_methods":  # whose question is not the shape
         small += ["model.depth=2", "model.width=64"]
+    monkeypatch.setattr(latency, "measure", partial(latency.measure, seconds=0.0))
+    monkeypatch.setattr(point, "example_latency", partial(latency.example_latency, seconds=0.0))
     configs, errors = sweep.compose([f"experiment={experiment}", *small])
     assert not errors
     configs = [config for config in configs if config.seed == 0]  # other seeds are set alike
@@ -69,6 +73,6 @@ def test_every_cell_takes_two_steps(
         path for path in tmp_path.glob("*/*/result.json") if is_finetuning != path.parent.name.startswith("mlm-")
     ]
     assert len(results) == len(configs)
-    points = [point for path in results for point in RunDirectory(path.parent).points().values()]
-    assert len(points) == len(configs) - 1 + len(configs[0].recipes)
-    assert all(read_json(path)["points"] for path in results) and all(point["test_loss"] > 0 for point in points)
+    rows = [row for path in results for row in RunDirectory(path.parent).points().values()]
+    assert len(rows) == len(configs) - 1 + len(configs[0].recipes)
+    assert all(read_json(path)["points"] for path in results) and all(row["test_loss"] > 0 for row in rows)

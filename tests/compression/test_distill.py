@@ -27,6 +27,7 @@ from train_then_compress.run import work
 from train_then_compress.tasks.masked_lm import MaskedLMTask
 from train_then_compress.tracking.metrics import MetricsLog
 from train_then_compress.training import interrupt
+from train_then_compress.training.task import Quality
 
 BuildConfig = Callable[..., Config]
 RECIPE = "prune30+distill+quant8"
@@ -134,6 +135,7 @@ def cell_of(build_config: BuildConfig, runs: Path) -> Cell:
 def test_a_recipe_ends_in_the_same_weights_when_it_is_interrupted_on_the_way(
     build_config: BuildConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Quality, "recovers", lambda *_: False)  # so little trained, it predicts as well without weights
     calm = cell_of(build_config, tmp_path / "calm")
     work(calm)
     (distilled,) = calm.directory.path.glob("stages/distill-*/record.json")
