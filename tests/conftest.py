@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -109,6 +109,35 @@ def labelled_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             sentence = _sentence(choose, place, choose.choice(_PEOPLE), choose.choice(_THINGS[place]))
             rows.writerow([sentence, _PLACES[place]])
     return path
+
+
+@pytest.fixture(scope="module")
+def untimed() -> Iterator[None]:
+    """For tests that are not about speed, which takes time to measure."""
+    from train_then_compress.cost import latency, machine
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "calibrate", lambda device: {})
+        patch.setattr(latency, "measure", lambda call: (1.0, 0.0))
+        yield
+
+
+@pytest.fixture(scope="session")
+def assert_same_weights() -> Callable[[Path, Path], None]:
+    """A function that compares the tensors in every file that the stages of two runs left."""
+    import torch
+    from safetensors.torch import load_file
+
+    def weights_below(run: Path) -> dict[str, dict[str, torch.Tensor]]:
+        return {str(path.relative_to(run)): load_file(path) for path in sorted(run.glob("stages/**/*.safetensors"))}
+
+    def compare(first: Path, second: Path) -> None:
+        a, b = weights_below(first), weights_below(second)
+        assert a.keys() == b.keys() and a
+        for name in a:
+            assert all(torch.equal(a[name][key], b[name][key]) for key in a[name]), name
+
+    return compare
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from train_then_compress.records import RunDirectory, read_json, read_rows
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
+Compare = Callable[[Path, Path], None]
 TTC = [str(Path(sys.executable).with_name("ttc"))]
 
 
@@ -22,21 +23,9 @@ def runs_of(study: Path) -> list[Path]:
     return sorted(path.parent for path in study.glob("*/config.yaml"))
 
 
-def weights_below(run: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """The tensors of every file that a run's stages left, by file."""
-    return {str(path.relative_to(run)): load_file(path) for path in sorted(run.glob("stages/**/*.safetensors"))}
-
-
-def assert_same_weights(first: Path, second: Path) -> None:
-    a, b = weights_below(first), weights_below(second)
-    assert a.keys() == b.keys() and a
-    for name in a:
-        assert all(torch.equal(a[name][key], b[name][key]) for key in a[name]), name
-
-
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_killed_at_several_moments_it_ends_in_the_same_weights(
-    tmp_path: Path, common: list[str], ttc: Command, dtype: str
+    tmp_path: Path, common: list[str], ttc: Command, assert_same_weights: Compare, dtype: str
 ) -> None:
     """SIGKILL in training and in recovery, with dropout; then the same command."""
     arguments = [

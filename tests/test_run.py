@@ -17,22 +17,11 @@ from train_then_compress.records import RunDirectory, read_json, read_rows
 from train_then_compress.tasks.masked_lm import MaskedLMTask
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
+Compare = Callable[[Path, Path], None]
 
 
 def runs_of(study: Path) -> list[Path]:
     return sorted(path.parent for path in study.glob("*/config.yaml"))
-
-
-def weights_below(run: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """The tensors of every file that a run's stages left, by file."""
-    return {str(path.relative_to(run)): load_file(path) for path in sorted(run.glob("stages/**/*.safetensors"))}
-
-
-def assert_same_weights(first: Path, second: Path) -> None:
-    a, b = weights_below(first), weights_below(second)
-    assert a.keys() == b.keys() and a
-    for name in a:
-        assert all(torch.equal(a[name][key], b[name][key]) for key in a[name]), name
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +73,7 @@ def test_pruning_to_fifteen_and_thirty_per_cent_is_what_the_rows_say(study: Path
 
 
 def test_given_again_it_does_nothing_and_a_deleted_run_alone_is_done_again(
-    study: Path, common: list[str], ttc: Command
+    study: Path, common: list[str], ttc: Command, assert_same_weights: Compare
 ) -> None:
     arguments = ["run", "-m", *common, "study=two", "model.width=32,64", "recipes=[none,quant4,prune15,prune30+quant4]"]
     start = time.monotonic()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from train_then_compress.analysis.table import load_study
 from train_then_compress.cell import Cell, locate
 from train_then_compress.config import Config, ConfigError
-from train_then_compress.cost import latency, machine
 from train_then_compress.records import RunDirectory, read_json
 from train_then_compress.run import work
 from train_then_compress.training import interrupt
@@ -25,13 +24,7 @@ Ttc = Callable[..., subprocess.CompletedProcess[str]]
 Values = dict[str, Any]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def untimed() -> Iterator[None]:
-    """Nothing here is about speed, which takes time to measure."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(machine, "calibrate", lambda device: {})
-        patch.setattr(latency, "measure", lambda call: (1.0, 0.0))
-        yield
+pytestmark = pytest.mark.usefixtures("untimed")
 
 
 @pytest.fixture(scope="module")

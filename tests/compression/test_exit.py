@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from train_then_compress.compression.prune import prune
 from train_then_compress.config import Config, ConfigError, parse_recipe
 from train_then_compress.config.labelled import CsvFiles
 from train_then_compress.config.steps import Prune
-from train_then_compress.cost import latency, machine
 from train_then_compress.data.examples import prepare_labelled
 from train_then_compress.data.prepare import PAD, Prepared
 from train_then_compress.models.early_exit import EarlyExitClassifier
@@ -35,13 +34,7 @@ from train_then_compress.tracking.metrics import MetricsLog
 Values = dict[str, Any]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def untimed() -> Iterator[None]:
-    """Nothing here is about speed, which takes time to measure."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(machine, "calibrate", lambda device: {})
-        patch.setattr(latency, "measure", lambda call: (1.0, 0.0))
-        yield
+pytestmark = pytest.mark.usefixtures("untimed")
 
 
 @pytest.fixture

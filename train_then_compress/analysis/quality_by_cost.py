@@ -53,7 +53,7 @@ def quality_by_cost(study: Study, quality: Measure, cost: drawing.Quantity) -> F
         _draw_markers(axes, means, marks, colours)
         best = means[means["frontier"]].sort_values("x")
         axes.step(best["x"], best["y"], where="post", zorder=2.5, **_FRONTIER)
-        legends = [(heading(runs), _model_entries(models)), ("recipe", _recipe_entries(marks, models))]
+        legends = [(heading(runs), _model_entries(models)), ("recipe", _recipe_entries(marks, models, colours))]
         drawing.lay_out(figure, axes, legends, [_explained(marks), *_cut_off(means, quality), *left_out(study)])
         labels = list(dict.fromkeys(zip(best["x"], best["y"], best["recipe"].map(_shown), strict=True)))
         drawing.label_points(figure, axes, labels, means[["x", "y"]].to_numpy(), below=not quality.higher_is_better)
@@ -152,10 +152,10 @@ def _model_entries(models: list[Model]) -> list[Line2D]:
             for model in models]  # fmt: skip
 
 
-def _recipe_entries(marks: dict[str, tuple[str, float]], models: list[Model]) -> list[Line2D]:
-    colours = _colours(models, marks) if len(models) == 1 else {}
+def _recipe_entries(marks: dict[str, tuple[str, float]], models: list[Model], colours: Colours) -> list[Line2D]:
+    """Grey where colour says which model."""
     entries = [Line2D([], [], marker=marker, markersize=size, linestyle="", label=_shown(recipe),
-                      color=colours.get((models[0].keys, recipe_family(recipe)), "0.35"))
+                      color=colours[models[0].keys, recipe_family(recipe)] if len(models) == 1 else "0.35")
                for recipe, (marker, size) in marks.items()]  # fmt: skip
     return [*entries, Line2D([], [], label="frontier", **_FRONTIER)]
 
