@@ -31,7 +31,7 @@ from train_then_compress.config.base import reject
 from train_then_compress.cost import machine
 from train_then_compress.point import costs
 from train_then_compress.records import Busy, Damaged, StageKey, append_row, atomic_write, read_json, write_json
-from train_then_compress.tasks import ClassificationTask, task_of
+from train_then_compress.tasks import ClassificationTask, TranslationTask, task_of
 from train_then_compress.tracking.metrics import MetricsLog
 from train_then_compress.tracking.progress import StageProgress
 from train_then_compress.tracking.wandb_tracker import LiveTracker, replay
@@ -110,13 +110,17 @@ class Run:
             write_json(self.directory.stage(key) / "record.json", {
                 "stage": key.name, "id": key.id, "clock": fitted.clock.facts(), "validation": fitted.quality.facts,
                 "overshoot": fitted.clock.progress(self.budget) - 1 if key.name != "milestone" else None,
-                "corpus": self.data.record, "machine": machine.identity(), "versions": versions(),
+                "corpus": self.data.record | self._copied(), "machine": machine.identity(), "versions": versions(),
                 "origin": self._origin_record(), "teacher": self.teacher and self.teacher.id,
                 "calibration": {"before": before, "after": machine.calibrate(self.config.runtime.device)},
             })  # fmt: skip
             checkpoints.finish()
         parallel.wait_for_all()
         return model
+
+    def _copied(self) -> dict[str, Any]:
+        """What copying the source scores, where that is what a model is held against."""
+        return self.task.copied() if isinstance(self.task, TranslationTask) else {}
 
     @property
     def budget(self) -> BudgetConfig:

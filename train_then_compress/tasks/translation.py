@@ -164,28 +164,45 @@ class TranslationTask:
     def evaluate(self, model: nn.Module, split: str) -> Quality:
         """Quality on a split (its first pairs where the config has a limit); the ranks share the work."""
         evaluation, is_test = self.config.evaluation, split == "test"
-        limit = evaluation.test_sequences if is_test else evaluation.validation_sequences
-        pairs = min(limit or len(self._splits[split]), len(self._splits[split]))
-        pieces = self._evaluated(split, pairs)
+        pieces = self._evaluated(split)
         sums = prediction_sums(model, (((part.source, part.target, part.where), part.targets) for part in pieces))
         loss = prediction_facts(*parallel.sum_over_ranks(sums, self.device))["loss"]
-        sources, references = self.pairs.texts(split)
-        if not is_test:
-            pairs = min(evaluation.bleu_sentences or pairs, pairs)
+        sources, references = (texts[: self._judged(split)] for texts in self.pairs.texts(split))
         decoding = self.decoding(evaluation.beam if is_test else evaluation.validation_beam)
-        scores = score(self._translations(model, sources[:pairs], decoding), references[:pairs], interval=is_test)
+        scores = score(self._translations(model, sources, decoding), references, interval=is_test)
         signatures = {name: scores.pop(name) for name in ("bleu_signature", "chrf_signature")}
-        facts = {"loss": loss, "perplexity": perplexity(loss), **scores, "bleu_sentences": pairs}
+        facts = {"loss": loss, "perplexity": perplexity(loss), **scores, "bleu_sentences": len(sources)}
         return Quality("bleu", facts["bleu"], higher_is_better=True, facts=facts, signatures=signatures)
+
+    def copied(self) -> dict[str, dict[str, float]]:
+        """BLEU and chrF of the source as its own translation, on the sentences that the model is judged by."""
+        found: dict[str, dict[str, float]] = {"copy_bleu": {}, "copy_chrf": {}}
+        for split in ("valid", "test"):
+            sources, references = (texts[: self._judged(split)] for texts in self.pairs.texts(split))
+            scores = score(sources, references)
+            for name in ("bleu", "chrf"):
+                found[f"copy_{name}"][split] = scores[name]
+        return found
+
+    def _pairs(self, split: str) -> int:
+        """How many pairs of a split are evaluated."""
+        evaluation = self.config.evaluation
+        limit = evaluation.test_sequences if split == "test" else evaluation.validation_sequences
+        return min(limit or len(self._splits[split]), len(self._splits[split]))
+
+    def _judged(self, split: str) -> int:
+        """How many of them are translated."""
+        pairs, limit = self._pairs(split), self.config.evaluation.bleu_sentences
+        return pairs if split == "test" else min(limit or pairs, pairs)
 
     def decoding(self, beam: int) -> Decoding:
         """How the config says to decode, with so many hypotheses."""
         evaluation = self.config.evaluation
         return Decoding(beam, evaluation.length_penalty, evaluation.max_ratio, evaluation.max_extra)
 
-    def _evaluated(self, split: str, pairs: int) -> Iterator[Part]:
-        """The rank's share of a split's first pairs, in batches of neighbours in length."""
-        size = self.config.evaluation.batch_size
+    def _evaluated(self, split: str) -> Iterator[Part]:
+        """The rank's share of the pairs, in batches of neighbours in length."""
+        pairs, size = self._pairs(split), self.config.evaluation.batch_size
         numbers = np.argsort(self._splits[split].lengths[:pairs].sum(axis=1), kind="stable")
         for start in range(parallel.rank() * size, pairs, parallel.ranks() * size):
             yield self._part(batch_of(self._splits[split], numbers[start : start + size]))
