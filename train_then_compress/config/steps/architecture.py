@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from train_then_compress.config.base import ConfigError, config_dataclass, reject
-from train_then_compress.config.model import RobertaConfig
+from train_then_compress.config.model import ModelConfig
 from train_then_compress.config.steps.base import Phase, Recovery, StepConfig, check_share
 
 Unit = Literal["heads", "ffn", "layers"]
@@ -20,7 +20,8 @@ class Structured(StepConfig):
     ``importance``: ``taylor``, how fast the loss changes with a gate on the unit, on ``calibration_batches`` training
     batches (Molchanov et al. 2019, equation 8; Michel et al. 2019, section 4.1), or ``magnitude``, the norm of its
     weights. ``scope``: the same share of heads and FFN units in each layer (``layer``), or the least important of all
-    layers (``global``). Shares are of the original numbers; every layer keeps a head and an FFN unit.
+    layers (``global``). Shares are of the original numbers; every attention keeps a head, every layer an FFN unit. An
+    encoder and a decoder lose the same share of their layers.
     """
 
     phase: ClassVar[Phase] = "architecture"
@@ -32,20 +33,21 @@ class Structured(StepConfig):
     calibration_batches: int = Field(16, ge=1)
     recovery: Recovery = Field(default_factory=Recovery)
 
-    def check(self, strength: int, model: RobertaConfig) -> None:
+    def check(self, strength: int, model: ModelConfig) -> None:
         """Per cent above 0 and below 100; something must go, and a layer must stay."""
         check_share(strength, "removing", "of the units")
-        share, layers = strength / 100, 1 if self.scope == "layer" else model.depth
+        share, layers = strength / 100, 1 if self.scope == "layer" else sum(model.depths)
         removed = {
             "heads": min(round(share * model.heads * layers), (model.heads - 1) * layers),
-            "ffn": round(share * 4 * model.width * layers), "layers": round(share * model.depth),
-        }  # fmt: skip
-        if "layers" in self.units and removed["layers"] == model.depth:
+            "ffn": round(share * 4 * model.width * layers),
+            "layers": sum(round(share * depth) for depth in model.depths),
+        }
+        if "layers" in self.units and any(round(share * depth) == depth for depth in model.depths):
             raise reject("steps.structured.units", self.units, f"structured{strength} would remove every layer of "
-                         f"model.depth={model.depth}; at least one must stay")  # fmt: skip
+                         f"model.depth={model.depth_name}; at least one must stay")  # fmt: skip
         if not any(removed[unit] for unit in self.units):
             raise reject("steps.structured.units", self.units, f"structured{strength} rounds to no unit of this model: "
-                         f"{model.heads} heads a layer, model.depth={model.depth}")  # fmt: skip
+                         f"{model.heads} heads a layer, model.depth={model.depth_name}")  # fmt: skip
 
     def increments(self, strength: int) -> list[int]:
         """15, 30, .. up to ``strength``: one chain for every target."""
@@ -71,7 +73,7 @@ class Svd(StepConfig):
     embeddings: bool = False
     recovery: Recovery = Field(default_factory=Recovery)
 
-    def check(self, strength: int, model: RobertaConfig) -> None:
+    def check(self, strength: int, model: ModelConfig) -> None:
         """Per cent that is kept, above 0 and below 100."""
         check_share(strength, "keeping", "of the weights" if self.rank == "bytes" else "of the squared singular values")
 
@@ -92,7 +94,7 @@ class Exit(StepConfig):
     steps: int = Field(500, ge=1)
     lr_factor: float = Field(1.0, gt=0, le=10)
 
-    def check(self, strength: int, model: RobertaConfig) -> None:
+    def check(self, strength: int, model: ModelConfig) -> None:
         """A confidence in per cent, above 0 and below 100; at least one exit inside the model."""
         if not 0 < strength < 100:
             raise ConfigError(f"recipes: exit{strength}: the confidence must lie between 1 and 99 per cent")
