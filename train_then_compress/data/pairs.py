@@ -178,6 +178,11 @@ class PairBatch:
     target: np.ndarray
     labels: np.ndarray
 
+    @property
+    def tokens(self) -> np.ndarray:
+        """The source."""
+        return self.source
+
 
 def batch_of(split: PairSplit, numbers: np.ndarray) -> PairBatch:
     """These pairs, each side padded to its longest."""
