@@ -17,7 +17,7 @@ from train_then_compress.config import Config, TransformerConfig
 from train_then_compress.config import TranslationTask as TaskSettings
 from train_then_compress.config.base import reject
 from train_then_compress.cost.flops import forward_flops
-from train_then_compress.data.pairs import PairBatch, PairBatches, Pairs, batch_of
+from train_then_compress.data.pairs import PairBatch, PairBatches, Pairs, PairSplit, batch_of
 from train_then_compress.data.prepare import PAD, SPLITS
 from train_then_compress.evaluation.bleu import score
 from train_then_compress.evaluation.decoding import Decoding
@@ -100,6 +100,12 @@ class TranslationTask:
         """The same task with its training batches drawn from another seed."""
         other = copy.copy(self)
         other.batch = self._batches(seed)
+        return other
+
+    def with_training(self, training: PairSplit) -> Self:
+        """The same task with other training pairs, once it is given a seed."""
+        other = copy.copy(self)
+        other._splits = self._splits | {"train": training}
         return other
 
     def counting(self, model: nn.Module) -> Self:

@@ -23,3 +23,21 @@ class Distill(Teaching, StepConfig):
     has_strength: ClassVar[bool] = False
     steps: int = Field(500, ge=1)
     lr_factor: float = Field(0.3, gt=0, le=10)
+
+
+@config_dataclass
+class SeqDistill(StepConfig):
+    """Train the compressed translator for ``steps`` on what the dense model says (Kim & Rush 2016, section 3.2).
+
+    Its best translations by beam search (``beam`` hypotheses) of the first ``sentences`` training sources are the
+    targets. Rate and pruned weights as in `Distill`.
+    """
+
+    phase: ClassVar[Phase] = "training"
+    explained: ClassVar[str] = "seqdistill: trained on the dense model's translations by beam search"
+    has_strength: ClassVar[bool] = False
+    tasks: ClassVar[tuple[str, ...]] = ("translation",)
+    sentences: int = Field(20_000, ge=1)
+    beam: int = Field(5, ge=1, le=16)
+    steps: int = Field(500, ge=1)
+    lr_factor: float = Field(0.3, gt=0, le=10)
