@@ -81,7 +81,7 @@ class _Beams:
         self.cache = model.new_cache(sentences * self.beam)
         self.numbers = list(range(sentences))
         self.tokens = source.new_full((sentences, self.beam, 1), EOS)
-        self.totals = precise(model.embedding.weight.new_zeros(sentences, self.beam))
+        self.totals = precise(self.memory.bias.new_zeros(sentences, self.beam))
         self.room = decoding.room(source, model)
         self.finished: list[list[Hypothesis]] = [[] for _ in range(sentences)]
 

@@ -53,7 +53,7 @@ def sample(
         memory, cache = model.remember(source).select(numbers), model.new_cache(len(numbers))
         room = decoding.room(source, model)[numbers]
         tokens = source.new_full((len(numbers), 1), EOS)
-        totals = precise(model.embedding.weight.new_zeros(len(numbers)))
+        totals = precise(memory.bias.new_zeros(len(numbers)))
         while len(numbers):
             length = tokens.shape[1]  # of a translation that ends now, </s> included
             logits = precise(model.step(tokens[:, -1:], memory, cache)[:, 0]) / sampling.temperature

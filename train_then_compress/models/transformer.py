@@ -190,8 +190,9 @@ class Translator(nn.Module):
         return RaggedCache(rows, *self._cache_shape())
 
     def _cache_shape(self) -> tuple[list[int], int, Tensor]:
-        attentions = [layer.attention for layer in self.decoder]
-        return [one.heads for one in attentions], attentions[0].head_size, self.embedding.weight
+        layers = list(self.decoder)
+        heads = [layer.attention.heads for layer in layers]
+        return heads, layers[0].attention.head_size, layers[0].attention_norm.weight
 
     def step(self, tokens: Tensor, memory: Memory, cache: Cache) -> Tensor:
         """Logits of the next token, [sentences, hypotheses, vocabulary], after each hypothesis's last token, int64
