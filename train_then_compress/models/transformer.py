@@ -13,7 +13,8 @@ from train_then_compress.config.model import TransformerConfig
 from train_then_compress.data.prepare import PAD
 from train_then_compress.models.cache import Cache, Memory, RaggedCache
 from train_then_compress.models.dropout import Dropout
-from train_then_compress.models.layers import FeedForward, Rotation, SelfAttention, attention
+from train_then_compress.models.factored import FactoredEmbedding
+from train_then_compress.models.layers import EncoderLayer, Rotation, TokenEmbedding, attention
 from train_then_compress.models.positions import rotary_angles, sinusoidal
 
 #: fairseq numbers positions from padding index + 1.
@@ -45,20 +46,14 @@ class CrossAttention(nn.Module):
         return self.output(mixed.transpose(1, 2).reshape(sentences, count, self.heads * self.head_size))
 
 
-class TransformerLayer(nn.Module):
+class TransformerLayer(EncoderLayer):
     """Self-attention, in the decoder attention to the source, and feed-forward, each with dropout and a residual."""
 
     def __init__(self, config: TransformerConfig, decoder: bool):
-        super().__init__()
-        self.pre_norm = config.norm == "pre"
-        self.attention = SelfAttention(config)
-        self.attention_norm = nn.LayerNorm(config.width)
+        super().__init__(config, F.relu)
         if decoder:
             self.cross_attention = CrossAttention(config)
             self.cross_attention_norm = nn.LayerNorm(config.width)
-        self.feed_forward = FeedForward(config.width, F.relu)
-        self.feed_forward_norm = nn.LayerNorm(config.width)
-        self.dropout = Dropout(config.dropout)
 
     def forward(
         self, x: Tensor, bias: Tensor | None, rotation: Rotation | None,
@@ -122,7 +117,7 @@ class Translator(nn.Module):
     def __init__(self, config: TransformerConfig, vocab_size: int, length: int):
         super().__init__()
         self.config, self.length = config, length
-        self.embedding = nn.Embedding(vocab_size, config.width, padding_idx=PAD)
+        self.embedding: TokenEmbedding | FactoredEmbedding = TokenEmbedding(vocab_size, config.width, PAD)
         if config.positions == "learned":
             self.source_positions = nn.Parameter(torch.empty(length, config.width))
             self.target_positions = nn.Parameter(torch.empty(length, config.width))
@@ -173,7 +168,7 @@ class Translator(nn.Module):
             key, value = layer.cross_attention.remember(encoded)
             x = layer(x, future, rotation, (key, value, source_bias))
         hidden = self.decoder.final_norm(x).flatten(0, 1).index_select(0, where)
-        return F.linear(hidden, self.embedding.weight)
+        return self.embedding.project(hidden)
 
     def remember(self, source: Tensor) -> Memory:
         """Encode sources [sentences, length] for decoding."""
@@ -208,7 +203,7 @@ class Translator(nn.Module):
             rotation = self.cosine[positions][:, None], self.sine[positions][:, None]
         for number, layer in enumerate(self.decoder):
             x = layer.step(x, number, cache, rotation, (memory.keys[number], memory.values[number], memory.bias))
-        return F.linear(self.decoder.final_norm(x), self.embedding.weight)
+        return self.embedding.project(self.decoder.final_norm(x))
 
 
 def initialize(model: Translator) -> None:

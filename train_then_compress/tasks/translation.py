@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from train_then_compress.config import Config, TransformerConfig
 from train_then_compress.config import TranslationTask as TaskSettings
 from train_then_compress.config.base import reject
-from train_then_compress.cost.flops import translator_flops
+from train_then_compress.cost.flops import forward_flops
 from train_then_compress.data.pairs import PairBatch, PairBatches, Pairs, batch_of
 from train_then_compress.data.prepare import PAD, SPLITS
 from train_then_compress.evaluation.bleu import score
@@ -83,7 +83,7 @@ class TranslationTask:
         self._check_lengths()
         self.batch = self._batches(seed)
         with torch.device("meta"):
-            self._flops = translator_flops(self.model_of(config))
+            self._flops = forward_flops(self.model_of(config))
 
     def _check_lengths(self) -> None:
         assert isinstance(self.config.model, TransformerConfig)
@@ -105,13 +105,13 @@ class TranslationTask:
     def counting(self, model: nn.Module) -> Self:
         """The same task with FLOPs counted for a model of other shape."""
         other = copy.copy(self)
-        other._flops = translator_flops(model)
+        other._flops = forward_flops(model)
         return other
 
     def flops_per_token(self, model: nn.Module, nonzero: bool = False) -> float:
         """Forward FLOPs of a test pair of mean length, as in training, for each of its target tokens."""
-        source, target = self._splits["test"].lengths.mean(axis=0)
-        return translator_flops(model, nonzero).forward(source, target, source, target, target) / float(target)
+        source, target = map(round, self._splits["test"].lengths.mean(axis=0).tolist())
+        return forward_flops(model, nonzero).translating((1, source), (1, target), target) / target
 
     def model_of(self, config: Config) -> Translator:
         """A translator of some run's shape, for the tokens of this task."""
@@ -129,9 +129,8 @@ class TranslationTask:
 
     def counts(self, batch: PairBatch) -> Counts:
         """Training FLOPs over all positions, padding included; tokens of both sides without padding."""
-        (_, source), (_, target) = batch.source.shape, batch.target.shape
         predictions = int((batch.labels != PAD).sum())
-        flops = 3 * self._flops.forward(batch.source.size, batch.target.size, source, target, predictions)
+        flops = self._flops.training_to_translate(batch.source.shape, batch.target.shape, predictions)
         return Counts(flops, int((batch.source != PAD).sum()) + predictions)
 
     def parts(self, batch: PairBatch, rank: int, ranks: int, micro_batch: int) -> Iterator[Part]:

@@ -8,6 +8,9 @@ from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor, nn
 
+from train_then_compress.config.parts import reads_target
+from train_then_compress.data.prepare import PAD
+
 
 @dataclass(frozen=True)
 class Counts:
@@ -35,11 +38,25 @@ class Quality:
         return self.value >= target * dense if self.higher_is_better else self.value <= dense / target
 
 
+def tokens_at(piece: Any, name: str) -> Any:
+    """The tokens whose positions a module of this name is given, [sequences, length]; ``piece``: of a batch, or all.
+
+    Padding is among them.
+    """
+    return piece.target if reads_target(name) else piece.tokens
+
+
+def text_at(piece: Any, name: str) -> Tensor:
+    """bool [sequences, length]: which positions of `tokens_at` are no padding."""
+    real: Tensor = tokens_at(piece, name) != PAD
+    return real
+
+
 class Task(Protocol):
     """A source of batches, a loss, and an evaluation. ``measure`` is the name of the value that its quality has.
 
     A piece of a batch has ``tokens`` [sequences, length], ``terms``, the number of its predictions, and ``terms_each``,
-    those of each sequence [sequences].
+    those of each sequence [sequences]; where there is a decoder, ``target`` [sequences, length]: what that reads.
     """
 
     measure: ClassVar[str]
