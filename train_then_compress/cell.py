@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,4 +167,5 @@ def adopt(config: Config) -> Config:
         }
         return config.changed(**what)
     made = Pretraining(**{name: getattr(theirs, name) for name in ("seed", "task", "data", "budget", "optimizer")})
-    return config.changed(model=theirs.model, pretrain=made)
+    model = dataclasses.replace(theirs.model, impl=config.model.impl)  # the weights do not depend on it
+    return config.changed(model=model, pretrain=made)

@@ -137,6 +137,10 @@ class Config:
             raise reject("budget.value", self.budget.value,
                          f"too small for optimizer.warmup={self.optimizer.warmup}: "
                          "no step would be left after it")  # fmt: skip
+        if self.model.impl != "native" and self.runtime.compile:
+            raise reject("runtime.compile", True, f"model.impl={self.model.impl} is not compiled")
+        if self.distill is not None:
+            self.distill.check_impl("distill", self.model)
         if self.branch_from is not None:
             self._branch_is_possible(self.branch_from)
         self._origin_is_possible()

@@ -11,13 +11,17 @@ from train_then_compress.config.base import config_dataclass, reject
 
 @config_dataclass
 class ModelShape:
-    """What every Transformer has: layers of ``width`` units, FFN of ``4 * width``."""
+    """What every Transformer has: layers of ``width`` units, FFN of ``4 * width``.
+
+    ``impl``: whose code computes; ``fairseq`` holds the same parameters under the same names.
+    """
 
     width: int = Field(768, ge=2, le=16384)
     head_size: int = Field(64, ge=2)
     positions: Literal["learned", "sinusoidal", "rotary"] = "learned"
     norm: Literal["pre", "post"] = "pre"
     dropout: float = Field(0.0, ge=0, lt=1)
+    impl: Literal["native", "fairseq"] = "native"
 
     @property
     def heads(self) -> int:
@@ -32,6 +36,9 @@ class ModelShape:
             raise reject("model.head_size", self.width // self.heads, "rotary positions need an even head size")
         if self.positions == "sinusoidal" and self.width % 2:
             raise reject("model.width", self.width, "sinusoidal positions need an even width")
+        if self.positions == "rotary" and self.impl == "fairseq":
+            raise reject("model.impl", self.impl, "fairseq has no rotary positions; model.positions=learned or "
+                         "sinusoidal")  # fmt: skip
         return self
 
 
