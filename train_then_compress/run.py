@@ -202,7 +202,7 @@ class Run:
     def make_point(self, model: nn.Module, recipe: str, chain: list[StageKey]) -> dict[str, Any]:
         """Compress, store in packed form, and evaluate what the stored file gives back: the point's result row."""
         dense_stage = self.directory.stage(self.plan.dense)
-        dense = read_json(dense_stage / "record.json")["validation"]["accuracy"]
+        dense = read_json(dense_stage / "record.json")["validation"][self.task.measure]
         bench = Bench(self.task, self.config, self.directory, self.metrics, dense, model, self.plan.dense)
         compressed = compress(model, chain, bench)
         last = (chain or [self.plan.dense])[-1]
@@ -214,7 +214,7 @@ class Run:
         quality = self.task.evaluate(stored, "test")
         row: dict[str, Any] = {"point": self.plan.points[recipe], "recipe": recipe, "stage": last.directory}
         if parallel.rank() == 0:
-            row |= {f"test_{name}": value for name, value in quality.facts.items()}
+            row |= {f"test_{name}": value for name, value in quality.facts.items()} | quality.signatures
             row |= costs(model, stored, self.task, path, dense_stage) | self._spent(chain)
             facts = ", ".join(f"{name} {value:.4g}" for name, value in quality.facts.items())
             print(f"  {recipe}: test {facts}; {row['bytes']:,} bytes", flush=True)

@@ -30,6 +30,7 @@ from train_then_compress.config import Config, ConfigError, LabelledCorpora, Tra
 from train_then_compress.config.base import reject
 from train_then_compress.cost import machine
 from train_then_compress.data.corpora import CorpusError
+from train_then_compress.data.pairs import Pairs
 from train_then_compress.data.prepare import Prepared
 from train_then_compress.records import Busy, Damaged, read_json
 
@@ -57,7 +58,7 @@ def run(arguments: list[str]) -> int:
         return 2
     try:
         _check_places(configs)
-        known: dict[str, Prepared] = {}
+        known: dict[str, Prepared | Pairs] = {}
         cells = [locate(config, known) for config in configs]
         waiting = [cell for cell in cells if not cell.done]
         if not any(argument.startswith(("hydra/launcher", "hydra.launcher")) for argument in arguments):

@@ -1,4 +1,4 @@
-"""FLOP counts of RoBERTa. A multiplication and an addition are two.
+"""FLOP counts of RoBERTa and of the translator. A multiplication and an addition are two.
 
 Counted: linear layers, attention scores and mixing (all pairs of positions, padding included), and what predicts. Left
 out: embedding look-up, normalization, activations, softmax, biases.
@@ -54,3 +54,39 @@ def forward_flops(model: nn.Module, nonzero: bool = False) -> ForwardFlops:
         elif hasattr(module, "heads"):
             attention += module.heads * module.head_size
     return ForwardFlops(2.0 * layers, 4.0 * attention, 2.0 * predicting)
+
+
+@dataclass(frozen=True)
+class TranslatorFlops:
+    """What a forward pass of a translator costs: each source and target position in the layers, each pair of positions
+    that attention compares (source, target, target with source), and each prediction."""
+
+    per_source: float
+    per_target: float
+    per_source_pair: float
+    per_target_pair: float
+    per_cross_pair: float
+    per_prediction: float
+
+    def forward(self, sources: float, targets: float, source: float, target: float, predictions: float) -> float:
+        """Of ``sources`` and ``targets`` positions in sentences of the lengths ``source`` and ``target``."""
+        encoder = sources * (self.per_source + self.per_source_pair * source)
+        decoder = targets * (self.per_target + self.per_target_pair * target + self.per_cross_pair * source)
+        return encoder + decoder + predictions * self.per_prediction
+
+
+def translator_flops(model: nn.Module, nonzero: bool = False) -> TranslatorFlops:
+    """As `forward_flops`. Keys and values of the source for the decoder are the source's; future positions count."""
+    weights = dict.fromkeys(("source", "target", "prediction"), 0)
+    pairs = dict.fromkeys(("encoder", "decoder", "cross"), 0)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            reads_source = name.startswith("encoder.") or ".cross_attention.key_value" in name
+            kind = "prediction" if name.startswith("embedding") else "source" if reads_source else "target"
+            weights[kind] += int(module.weight.count_nonzero()) if nonzero else module.weight.numel()
+        elif hasattr(module, "heads"):
+            kind = "cross" if name.endswith("cross_attention") else name.split(".")[0]
+            pairs[kind] += module.heads * module.head_size
+    per_weight = [2.0 * count for count in weights.values()]
+    per_pair = [4.0 * count for count in pairs.values()]
+    return TranslatorFlops(*per_weight[:2], *per_pair, per_weight[2])

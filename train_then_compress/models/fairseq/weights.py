@@ -1,4 +1,4 @@
-"""Our weights under fairseq's names, and back: renaming, splitting and joining of tensors in dictionaries. Differentiable.
+"""Our weights under fairseq's names, and back: tensors in dictionaries renamed, split and joined, differentiably.
 
 fairseq has queries, keys and values apart, rows in its position tables that no position reads, and a second name for
 what is shared. Its models without a counterpart here: an output that is not tied to the embedding (`from_fairseq`
@@ -86,8 +86,9 @@ TRANSFORMER = Names(
         "encoder.final_norm": "encoder.layer_norm", "decoder.final_norm": "decoder.layer_norm",
     },
     layers={"encoder.layers": "encoder.layers", "decoder.layers": "decoder.layers"},
-    shared={name: "encoder.embed_tokens.weight"
-            for name in ("decoder.embed_tokens.weight", "decoder.output_projection.weight")},
+    shared=dict.fromkeys(
+        ("decoder.embed_tokens.weight", "decoder.output_projection.weight"), "encoder.embed_tokens.weight"
+    ),
 )  # fmt: skip
 
 
