@@ -149,7 +149,5 @@ def test_what_has_no_counterpart_is_refused_in_words() -> None:
     del theirs["encoder.sentence_encoder.layernorm_embedding.weight"]
     with pytest.raises(Incompatible, match=r"it has no .*layernorm_embedding\.weight"):
         from_fairseq(theirs, ROBERTA, ours)
-    with pytest.raises(
-        ConfigError, match=r"model\.positions=rotary: fairseq has learned and sinusoidal positions"
-    ):
+    with pytest.raises(ConfigError, match=r"model\.positions=rotary: fairseq has learned and sinusoidal positions"):
         transformer(TransformerConfig(depth=1, width=32, head_size=16, positions="rotary"), VOCABULARY, LENGTH)
