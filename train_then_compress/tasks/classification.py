@@ -21,6 +21,7 @@ from train_then_compress.data.examples import Labelled, LabelledBatch, LabelledB
 from train_then_compress.data.prepare import PAD
 from train_then_compress.evaluation.predictions import prediction_facts, prediction_sums
 from train_then_compress.models.early_exit import EarlyExitClassifier
+from train_then_compress.models.fairseq.modules import implemented
 from train_then_compress.models.roberta import Classifier
 from train_then_compress.training import parallel
 from train_then_compress.training.task import Counts, Quality
@@ -105,7 +106,7 @@ class ClassificationTask:
     def new_model(self) -> Classifier:
         """A model initialized from the config's seed; the encoder's place is for pretrained weights."""
         torch.manual_seed(self.config.seed)
-        return self.model_of(self.config).to(self.device)
+        return implemented(self.model_of(self.config), self.config.model.impl).to(self.device)
 
     def load_origin(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         """Put the encoder of a masked LM's weights into a classifier."""

@@ -29,6 +29,7 @@ from train_then_compress.evaluation.predictions import (
     prediction_sums,
 )
 from train_then_compress.evaluation.translation import translate
+from train_then_compress.models.fairseq.modules import implemented
 from train_then_compress.models.transformer import Translator
 from train_then_compress.training import parallel
 from train_then_compress.training.task import Counts, Quality
@@ -127,7 +128,7 @@ class TranslationTask:
     def new_model(self) -> Translator:
         """A model initialized from the config's seed."""
         torch.manual_seed(self.config.seed)
-        return self.model_of(self.config).to(self.device)
+        return implemented(self.model_of(self.config), self.config.model.impl).to(self.device)
 
     def load_origin(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         """Put the weights of another translator into the model."""
