@@ -117,7 +117,7 @@ class TranslationTask:
 
     def flops_per_token(self, model: nn.Module, nonzero: bool = False) -> float:
         """Forward FLOPs of a test pair of mean length, as in training, for each of its target tokens."""
-        source, target = map(round, self._splits["test"].lengths.mean(axis=0).tolist())
+        source, target = (round(float(mean)) for mean in self._splits["test"].lengths.mean(axis=0))
         return forward_flops(model, nonzero).translating((1, source), (1, target), target) / target
 
     def model_of(self, config: Config) -> Translator:
@@ -153,7 +153,8 @@ class TranslationTask:
         where = np.flatnonzero(batch.labels != PAD)
         targets = batch.labels.flatten()[where]
         arrays = (batch.source, batch.target, *fill_up(where, targets))
-        return Part(*(torch.from_numpy(array).to(self.device) for array in arrays), terms=len(targets))
+        tensors = [torch.from_numpy(array).to(self.device) for array in arrays]
+        return Part(tensors[0], tensors[1], tensors[2], tensors[3], len(targets))
 
     def logits(self, model: nn.Module, part: Part) -> Tensor:
         """[n, vocabulary]: those of the first ``part.terms`` places are predictions, the rest fill up."""
