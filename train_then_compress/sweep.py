@@ -15,13 +15,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, get_args
 
 import hydra
 import yaml
+from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -297,6 +299,19 @@ def _hydra(arguments: list[str], task: Callable[[DictConfig], None]) -> None:
     """Run a task function under Hydra's own command line, ``arguments`` unchanged."""
     kept, sys.argv = sys.argv, ["ttc run", *arguments]
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name="run")(task)()
+        with own_groups():
+            hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name="run")(task)()
     finally:
         sys.argv = kept
+
+
+@contextmanager
+def own_groups() -> Iterator[None]:
+    """Hide the groups that other libraries have registered under the names of ours: Hydra would merge
+    ``task/translation`` with fairseq's, where that was imported."""
+    store = ConfigStore.instance().repo
+    hidden = {path.name: store.pop(path.name) for path in conf_directory().iterdir() if path.name in store}
+    try:
+        yield
+    finally:
+        store.update(hidden)
