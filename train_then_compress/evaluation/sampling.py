@@ -35,10 +35,10 @@ class Sampling:
         size = probabilities.shape[1]
         likeliest, words = probabilities.topk(min(self.top_k or size, size), dim=1)
         before = likeliest.cumsum(dim=1) - likeliest
-        return likeliest.masked_fill(before >= self.top_p, 0), words
+        return likeliest.masked_fill((before >= self.top_p) & (before > 0), 0), words
 
     def draw(self, probabilities: Tensor, generator: torch.Generator) -> Tensor:
-        """A token for each row of ``probabilities`` [rows, vocabulary], which need not sum to one: int64 [rows]."""
+        """A token for each row of ``probabilities`` [rows, vocabulary]: int64 [rows]."""
         if not self.top_k and self.top_p >= 1:
             return probabilities.multinomial(1, generator=generator).squeeze(1)
         kept, words = self.candidates(probabilities)
@@ -50,8 +50,8 @@ def sample(
 ) -> list[list[Hypothesis]]:
     """``beam`` translations drawn for each source, int64 [sentences, length] padded at the end; the best first.
 
-    Scores are made of log-probabilities at the temperature, before anything is cut off (as fairseq's are). The draws
-    of a sentence depend on the batch that it is in. A finished translation leaves the batch.
+    Scores are made of log-probabilities at the temperature, before anything is ruled out or cut off (as fairseq's are).
+    The draws of a sentence depend on the batch that it is in. A finished translation leaves the batch.
     """
     found: list[list[Hypothesis]] = [[] for _ in source]
     with inference(model):
@@ -66,7 +66,7 @@ def sample(
             norm = logits.logsumexp(dim=1, keepdim=True)
             forbid(logits, first=length == 1)
             force_end(logits, length > room)
-            words = sampling.draw((logits - norm).exp(), generator)
+            words = sampling.draw(logits.softmax(dim=1), generator)
             totals = totals + (logits.gather(1, words[:, None]) - norm).squeeze(1)
             for row in (words == EOS).nonzero().squeeze(1).tolist():
                 score = float(totals[row]) / length**decoding.length_penalty
