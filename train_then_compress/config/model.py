@@ -47,6 +47,11 @@ class RobertaConfig(ModelShape):
     depth: int = Field(12, ge=1, le=48)
 
     @property
+    def depths(self) -> tuple[int, ...]:
+        """Layers of the encoder."""
+        return (self.depth,)
+
+    @property
     def depth_name(self) -> str:
         """As it stands in a run's name."""
         return str(self.depth)
@@ -83,9 +88,14 @@ class TransformerConfig(ModelShape):
         return self.decoder_depth or self.depth
 
     @property
+    def depths(self) -> tuple[int, ...]:
+        """Layers of the encoder and of the decoder."""
+        return self.encoder_layers, self.decoder_layers
+
+    @property
     def depth_name(self) -> str:
         """As it stands in a run's name: one number, or the encoder's and the decoder's where they differ."""
-        return ".".join(map(str, dict.fromkeys([self.encoder_layers, self.decoder_layers])))
+        return ".".join(map(str, dict.fromkeys(self.depths)))
 
     def matrix_weights(self, vocab_size: int) -> int:
         """Weights in matrices: 12 width^2 an encoder layer, 16 width^2 a decoder layer, the embedding."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from train_then_compress.compression.compressed import Compressed
 from train_then_compress.compression.packing import unpack
-from train_then_compress.config import ClassificationTask, Config, TransformerConfig
+from train_then_compress.config import ClassificationTask, Config, ParallelConfig, TransformerConfig
 from train_then_compress.models.roberta import Classifier, MaskedLM
 from train_then_compress.models.transformer import Translator
 from train_then_compress.records import DENSE_STAGES, RunDirectory, read_json, read_rows
@@ -96,6 +96,7 @@ def new_model(config: Config, vocab_size: int, labels: list[str]) -> MaskedLM | 
     """A dense model of a run's shape."""
     if isinstance(config.model, TransformerConfig):
         return Translator(config.model, vocab_size, config.model.length)
+    assert not isinstance(config.data, ParallelConfig)
     length = config.longest or config.data.sequence_length
     if isinstance(config.task, ClassificationTask):
         shape = dataclasses.replace(config.model, dropout=config.task.dropout)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train_then_compress.config import ClassificationTask as TaskSettings
-from train_then_compress.config import Config
+from train_then_compress.config import Config, LabelledConfig, RobertaConfig
 from train_then_compress.config.base import reject
 from train_then_compress.cost.flops import forward_flops
 from train_then_compress.data.examples import Labelled, LabelledBatch, LabelledBatches, batch_of
@@ -54,7 +54,7 @@ class ClassificationTask:
     measure: ClassVar[str] = "accuracy"
 
     def __init__(self, config: Config, data: Labelled, seed: int):
-        assert isinstance(config.task, TaskSettings)
+        assert isinstance(config.data, LabelledConfig) and isinstance(config.task, TaskSettings)
         self.config, self.data, self.vocab_size = config, data, data.vocab_size
         self.device = torch.device(config.runtime.device)
         self.length = config.data.sequence_length
@@ -99,7 +99,7 @@ class ClassificationTask:
 
     def model_of(self, config: Config) -> Classifier:
         """A classifier of some run's shape, for the sequences and labels of this task."""
-        assert isinstance(config.task, TaskSettings)
+        assert isinstance(config.model, RobertaConfig) and isinstance(config.task, TaskSettings)
         shape = dataclasses.replace(config.model, dropout=config.task.dropout)
         return Classifier(shape, self.vocab_size, config.longest or self.length, len(self.data.labels))
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train_then_compress.config import Config, CorpusConfig
+from train_then_compress.config import Config, CorpusConfig, RobertaConfig
 from train_then_compress.config import MaskedLMTask as TaskSettings
 from train_then_compress.cost.flops import EVALUATION_MASK_RATE, forward_flops
 from train_then_compress.data.masked import MaskedBatch, Sequences, TrainingBatches, evaluation_batch
@@ -85,6 +85,7 @@ class MaskedLMTask:
 
     def model_of(self, config: Config) -> MaskedLM:
         """A masked LM of some run's shape, for the sequences of this task."""
+        assert isinstance(config.model, RobertaConfig)
         return MaskedLM(config.model, self.vocab_size, config.longest or self.length)
 
     def new_model(self) -> MaskedLM:

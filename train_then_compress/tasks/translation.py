@@ -17,7 +17,7 @@ from train_then_compress.config import Config, TransformerConfig
 from train_then_compress.config import TranslationTask as TaskSettings
 from train_then_compress.config.base import reject
 from train_then_compress.cost.flops import forward_flops
-from train_then_compress.data.pairs import PairBatch, PairBatches, Pairs, batch_of
+from train_then_compress.data.pairs import PairBatch, PairBatches, Pairs, PairSplit, batch_of
 from train_then_compress.data.prepare import PAD, SPLITS
 from train_then_compress.evaluation.bleu import score
 from train_then_compress.evaluation.decoding import Decoding
@@ -103,6 +103,12 @@ class TranslationTask:
         other.batch = self._batches(seed)
         return other
 
+    def with_training(self, training: PairSplit) -> Self:
+        """The same task with other training pairs, once it is given a seed."""
+        other = copy.copy(self)
+        other._splits = self._splits | {"train": training}
+        return other
+
     def counting(self, model: nn.Module) -> Self:
         """The same task with FLOPs counted for a model of other shape."""
         other = copy.copy(self)
@@ -111,7 +117,7 @@ class TranslationTask:
 
     def flops_per_token(self, model: nn.Module, nonzero: bool = False) -> float:
         """Forward FLOPs of a test pair of mean length, as in training, for each of its target tokens."""
-        source, target = map(round, self._splits["test"].lengths.mean(axis=0).tolist())
+        source, target = (round(float(mean)) for mean in self._splits["test"].lengths.mean(axis=0))
         return forward_flops(model, nonzero).translating((1, source), (1, target), target) / target
 
     def model_of(self, config: Config) -> Translator:
@@ -147,7 +153,8 @@ class TranslationTask:
         where = np.flatnonzero(batch.labels != PAD)
         targets = batch.labels.flatten()[where]
         arrays = (batch.source, batch.target, *fill_up(where, targets))
-        return Part(*(torch.from_numpy(array).to(self.device) for array in arrays), terms=len(targets))
+        tensors = [torch.from_numpy(array).to(self.device) for array in arrays]
+        return Part(tensors[0], tensors[1], tensors[2], tensors[3], len(targets))
 
     def logits(self, model: nn.Module, part: Part) -> Tensor:
         """[n, vocabulary]: those of the first ``part.terms`` places are predictions, the rest fill up."""
@@ -178,8 +185,8 @@ class TranslationTask:
         """BLEU and chrF of the source as its own translation, on the sentences that the model is judged by."""
         found: dict[str, dict[str, float]] = {"copy_bleu": {}, "copy_chrf": {}}
         for split in ("valid", "test"):
-            sources, references = (texts[: self._judged(split)] for texts in self.pairs.texts(split))
-            scores = score(sources, references)
+            copies, references = self.pairs.copies(split), self.pairs.texts(split)[1]
+            scores = score(copies[: self._judged(split)], references[: self._judged(split)])
             for name in ("bleu", "chrf"):
                 found[f"copy_{name}"][split] = scores[name]
         return found
