@@ -62,12 +62,12 @@ def sample(
         totals = precise(memory.bias.new_zeros(len(numbers)))
         while len(numbers):
             length = tokens.shape[1]  # of a translation that ends now, </s> included
-            logits = precise(model.step(tokens[:, -1:], memory, cache)[:, 0]) / sampling.temperature
-            norm = logits.logsumexp(dim=1, keepdim=True)
-            forbid(logits, first=length == 1)
-            force_end(logits, length > room)
-            words = sampling.draw(logits.softmax(dim=1), generator)
-            totals = totals + (logits.gather(1, words[:, None]) - norm).squeeze(1)
+            logits = precise(model.step(tokens[:, -1:], memory, cache)[:, 0])
+            gains = (logits / sampling.temperature).log_softmax(dim=1)
+            forbid(gains, first=length == 1)
+            force_end(gains, length > room)
+            words = sampling.draw(gains.softmax(dim=1), generator)
+            totals = totals + gains.gather(1, words[:, None]).squeeze(1)
             for row in (words == EOS).nonzero().squeeze(1).tolist():
                 score = float(totals[row]) / length**decoding.length_penalty
                 found[int(numbers[row])].append(Hypothesis(tokens[row, 1:].tolist(), score))
