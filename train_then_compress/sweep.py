@@ -196,9 +196,14 @@ def launch(composed: DictConfig, names: list[str]) -> None:
     if processes > 1:
         start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     command = [*start, "train_then_compress.run", json.dumps(dataclasses.asdict(cell.config))]
-    child = subprocess.Popen(command, env=_KEEP_MEMORY | os.environ | {"OMP_NUM_THREADS": str(threads)})
+    child = subprocess.Popen(command, env=environment(threads))
     if _interrupted_while_waiting(child):
         sys.exit(_INTERRUPTED)
+
+
+def environment(threads: int) -> dict[str, str]:
+    """The environment of a run's process; what the user has set for the allocator holds."""
+    return _KEEP_MEMORY | os.environ | {"OMP_NUM_THREADS": str(threads)}
 
 
 def _interrupted_while_waiting(child: subprocess.Popen[bytes]) -> bool:
