@@ -6,11 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train_then_compress.config import Config, LabelledConfig, Milestone, Pretraining, RobertaConfig, parse_milestone
+from train_then_compress.config import (
+    Config,
+    LabelledConfig,
+    Milestone,
+    ParallelConfig,
+    Pretraining,
+    TransformerConfig,
+    parse_milestone,
+)
 from train_then_compress.config.base import reject
 from train_then_compress.cost import machine
 from train_then_compress.data.examples import Labelled, prepare_labelled
-from train_then_compress.data.prepare import Prepared, prepare
+from train_then_compress.data.pairs import Pairs, prepare_pairs
+from train_then_compress.data.prepare import Prepared, Tokenized, prepare
 from train_then_compress.records import Plan, RunDirectory, StageKey, digest, plan, read_json
 
 
@@ -49,7 +58,7 @@ class Cell:
     ``teacher`` the model that teaches it."""
 
     config: Config
-    data: Prepared | Labelled
+    data: Prepared | Labelled | Pairs
     plan: Plan
     directory: RunDirectory
     origin: Origin | None = None
@@ -62,7 +71,7 @@ class Cell:
         return self.directory.is_done(self.plan)
 
 
-def locate(config: Config, known: dict[str, Prepared] | None = None) -> Cell:
+def locate(config: Config, known: dict[str, Prepared | Pairs] | None = None) -> Cell:
     """Prepare the data of a resolved config and name its stages and directory.
 
     ``known`` remembers the texts that the cells of a sweep share. Raises `ConfigError` and `CorpusError` for data that
@@ -81,12 +90,15 @@ def locate(config: Config, known: dict[str, Prepared] | None = None) -> Cell:
         tokenizer = origin.tokenizer
         if not tokenizer.is_file():
             raise reject("init_from", config.init_from, "it keeps no tokenizer.json: train it again with this version")
-    data: Prepared | Labelled
+    data: Prepared | Labelled | Pairs
     if isinstance(config.data, LabelledConfig):
         data = prepare_labelled(config.data, tokenizer, cache)
+    elif (text := repr(config.data)) in known:
+        data = known[text]
+    elif isinstance(config.data, ParallelConfig):
+        data = known[text] = prepare_pairs(config.data, cache)
     else:
-        text = repr(config.data)
-        data = known[text] = known.get(text) or prepare(config.data, cache)
+        data = known[text] = prepare(config.data, cache)
     teacher = None
     if config.distill is not None:
         teacher = find_teacher(config)
@@ -130,7 +142,7 @@ def find_teacher(config: Config) -> Origin:
     return teacher
 
 
-def _check_teacher(config: Config, teacher: Origin, data: Prepared | Labelled) -> None:
+def _check_teacher(config: Config, teacher: Origin, data: Tokenized) -> None:
     """Raise `ConfigError` for a teacher that reads or predicts something else: other tokens or labels, less text."""
     assert config.distill is not None
     name = config.distill.teacher
@@ -142,7 +154,9 @@ def _check_teacher(config: Config, teacher: Origin, data: Prepared | Labelled) -
         raise reject("distill.teacher", name, f"it predicts other labels ({', '.join(labels)}) than data="
                      f"{config.data.name} has")  # fmt: skip
     longest = teacher.config.longest
-    if longest is not None and config.data.sequence_length > longest:
+    if longest is None or isinstance(config.data, ParallelConfig):
+        return
+    if config.data.sequence_length > longest:
         raise reject("distill.teacher", name, f"it has learned positions up to {longest} only: data.sequence_length="
                      f"{config.data.sequence_length} is too long for it")  # fmt: skip
 
@@ -158,12 +172,14 @@ def adopt(config: Config) -> Config:
     config = config.changed(init_from=str(Path(config.init_from).absolute()))
     for key in ("depth", "width"):
         asked, found = getattr(config.model, key), getattr(theirs.model, key)
-        if asked not in (found, getattr(RobertaConfig(), key)):
+        if asked not in (found, getattr(type(config.model)(), key)):
             raise reject(f"model.{key}", asked, f"init_from={config.init_from} has {found}")
-    if config.task.name == "mlm":
+    if config.task.name != "classification":
         what: dict[str, Any] = {
             name: getattr(theirs, name) for name in ("task", "data", "model", "budget", "optimizer", "seed")
         }
         return config.changed(**what)
+    if isinstance(theirs.model, TransformerConfig):
+        raise reject("init_from", config.init_from, "a translation model; task=classification finetunes a masked LM")
     made = Pretraining(**{name: getattr(theirs, name) for name in ("seed", "task", "data", "budget", "optimizer")})
     return config.changed(model=theirs.model, pretrain=made)

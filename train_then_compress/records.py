@@ -106,20 +106,31 @@ def plan(
     name = "finetune" if config.task.name == "classification" else "pretrain" if origin_id is None else "milestone"
     dense = StageKey(name, digest([*parents, own, SCHEMA.get(name, 1)]))
     recipes = {recipe: _chain(dense, steps, config) for recipe, steps in config.parsed_recipes().items()}
+    tested = [config.evaluation.test_sequences, *_decoding(config, config.evaluation.beam)]
     points = {
-        recipe: digest([(chain or [dense])[-1].id, config.evaluation.test_sequences, SCHEMA.get("point", 1)])
+        recipe: digest([(chain or [dense])[-1].id, *tested, SCHEMA.get("point", 1)])
         for recipe, chain in recipes.items()
     }
     return Plan(run_name(config, dense.id), dense, recipes, points)
 
 
+def _decoding(config: Config, beam: int) -> list[Any]:
+    """What BLEU depends on beside the model and the sentences; nothing for other tasks."""
+    evaluation = config.evaluation
+    if config.task.name != "translation":
+        return []
+    return [beam, evaluation.length_penalty, evaluation.max_ratio, evaluation.max_extra]
+
+
 def _chain(parent: StageKey, steps: list[Step], config: Config) -> list[StageKey]:
     chain = []
+    validated: dict[str, Any] = {"validation_sequences": config.evaluation.validation_sequences}
+    if decoding := _decoding(config, config.evaluation.validation_beam):
+        validated["bleu"] = [config.evaluation.bleu_sentences, *decoding]
     for step in steps:
         for strength in step.config.increments(step.strength):
             part = dataclasses.replace(step, strength=strength)
-            own = {"method": step.method, "strength": strength, "settings": what(step.config),
-                   "validation_sequences": config.evaluation.validation_sequences}  # fmt: skip
+            own = {"method": step.method, "strength": strength, "settings": what(step.config), **validated}
             parent = StageKey(part.name, digest([parent.id, own, SCHEMA.get(step.method, 1)]), part, parent)
             chain.append(parent)
     return chain
@@ -138,12 +149,14 @@ def run_name(config: Config, identity: str) -> str:
     """One fixed form for each task, whatever else is swept: ``mlm-d6-w256-seconds600-s0-<hash8>``.
 
     A milestone's run says so (``mlm-d6-w256-seconds600@0.5-..``); a finetuning run names its corpus
-    (``rotten_tomatoes-d6-w256-epochs10-..``).
+    (``rotten_tomatoes-d6-w256-epochs10-..``); translation is ``mt``, and where the decoder's depth is not the encoder's
+    it follows (``mt-d6.2-w256-..``).
     """
     value = f"{config.budget.value:g}".replace("+", "")
-    shape = f"d{config.model.depth}-w{config.model.width}"
-    task = config.data.name if config.task.name == "classification" else config.task.name
-    _, at, milestone = Path(config.init_from or "").name.rpartition("@") if config.task.name == "mlm" else ("", "", "")
+    finetuned = config.task.name == "classification"
+    task = {"classification": config.data.name, "translation": "mt"}.get(config.task.name, config.task.name)
+    _, at, milestone = ("", "", "") if finetuned else Path(config.init_from or "").name.rpartition("@")
+    shape = f"d{config.model.depth_name}-w{config.model.width}"
     return f"{task}-{shape}-{config.budget.kind}{value}{at}{milestone}-s{config.seed}-{identity[:8]}"
 
 

@@ -31,7 +31,7 @@ from train_then_compress.config.base import reject
 from train_then_compress.cost import machine
 from train_then_compress.point import costs
 from train_then_compress.records import Busy, Damaged, StageKey, append_row, atomic_write, read_json, write_json
-from train_then_compress.tasks import ClassificationTask, task_of
+from train_then_compress.tasks import ClassificationTask, TranslationTask, task_of
 from train_then_compress.tracking.metrics import MetricsLog
 from train_then_compress.tracking.progress import StageProgress
 from train_then_compress.tracking.wandb_tracker import LiveTracker, replay
@@ -110,13 +110,17 @@ class Run:
             write_json(self.directory.stage(key) / "record.json", {
                 "stage": key.name, "id": key.id, "clock": fitted.clock.facts(), "validation": fitted.quality.facts,
                 "overshoot": fitted.clock.progress(self.budget) - 1 if key.name != "milestone" else None,
-                "corpus": self.data.record, "machine": machine.identity(), "versions": versions(),
+                "corpus": self.data.record | self._copied(), "machine": machine.identity(), "versions": versions(),
                 "origin": self._origin_record(), "teacher": self.teacher and self.teacher.id,
                 "calibration": {"before": before, "after": machine.calibrate(self.config.runtime.device)},
             })  # fmt: skip
             checkpoints.finish()
         parallel.wait_for_all()
         return model
+
+    def _copied(self) -> dict[str, Any]:
+        """What copying the source scores, where that is what a model is held against."""
+        return self.task.copied() if isinstance(self.task, TranslationTask) else {}
 
     @property
     def budget(self) -> BudgetConfig:
@@ -202,7 +206,7 @@ class Run:
     def make_point(self, model: nn.Module, recipe: str, chain: list[StageKey]) -> dict[str, Any]:
         """Compress, store in packed form, and evaluate what the stored file gives back: the point's result row."""
         dense_stage = self.directory.stage(self.plan.dense)
-        dense = read_json(dense_stage / "record.json")["validation"]["accuracy"]
+        dense = read_json(dense_stage / "record.json")["validation"][self.task.measure]
         bench = Bench(self.task, self.config, self.directory, self.metrics, dense, model, self.plan.dense)
         compressed = compress(model, chain, bench)
         last = (chain or [self.plan.dense])[-1]
@@ -214,7 +218,7 @@ class Run:
         quality = self.task.evaluate(stored, "test")
         row: dict[str, Any] = {"point": self.plan.points[recipe], "recipe": recipe, "stage": last.directory}
         if parallel.rank() == 0:
-            row |= {f"test_{name}": value for name, value in quality.facts.items()}
+            row |= {f"test_{name}": value for name, value in quality.facts.items()} | quality.signatures
             row |= costs(model, stored, self.task, path, dense_stage) | self._spent(chain)
             facts = ", ".join(f"{name} {value:.4g}" for name, value in quality.facts.items())
             print(f"  {recipe}: test {facts}; {row['bytes']:,} bytes", flush=True)

@@ -25,10 +25,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from train_then_compress.cell import Cell, adopt, find_teacher, locate
-from train_then_compress.config import Config, ConfigError, LabelledCorpora, TrackerConfig, conf_directory
+from train_then_compress.config import (
+    Config,
+    ConfigError,
+    LabelledCorpora,
+    ParallelCorpora,
+    TrackerConfig,
+    conf_directory,
+)
 from train_then_compress.config.base import reject
 from train_then_compress.cost import machine
 from train_then_compress.data.corpora import CorpusError
+from train_then_compress.data.pairs import Pairs
 from train_then_compress.data.prepare import Prepared
 from train_then_compress.records import Busy, Damaged, read_json
 
@@ -56,7 +64,7 @@ def run(arguments: list[str]) -> int:
         return 2
     try:
         _check_places(configs)
-        known: dict[str, Prepared] = {}
+        known: dict[str, Prepared | Pairs] = {}
         cells = [locate(config, known) for config in configs]
         waiting = [cell for cell in cells if not cell.done]
         if not any(argument.startswith(("hydra/launcher", "hydra.launcher")) for argument in arguments):
@@ -103,16 +111,17 @@ def _check_machine(waiting: list[Cell]) -> None:
 
 def prepare_only(name: str, overrides: list[str]) -> int:
     """Prepare the corpus ``name``, for labelled text also the text that its tokenizer is trained on; say what it is."""
-    is_labelled = name in labelled_corpora()
-    configs, errors = compose(
-        [f"data={name}", *(["task=classification", "pretrain=mlm"] if is_labelled else []), *overrides]
-    )
+    unit, needed = "tokens", list[str]()
+    if name in corpora_of(LabelledCorpora):
+        unit, needed = "examples", ["task=classification", "pretrain=mlm"]
+    elif name in corpora_of(ParallelCorpora):
+        unit, needed = "pairs", ["task=translation", "model=transformer"]
+    configs, errors = compose([f"data={name}", *needed, *overrides])
     try:
         for config in configs:
             record = locate(config).data.record
-            unit = "examples" if is_labelled else "tokens"
             counts = ", ".join(f"{split} {count[unit]:,}" for split, count in record["splits"].items())
-            labels = f"; labels {', '.join(record['labels'])}" if is_labelled else ""
+            labels = f"; labels {', '.join(record['labels'])}" if "labels" in record else ""
             print(f"{name}: {unit} {counts}{labels}; vocabulary {record['vocab_size']:,}; {record['licence']}")
     except (ConfigError, CorpusError) as error:
         errors.append(str(error))
@@ -120,11 +129,11 @@ def prepare_only(name: str, overrides: list[str]) -> int:
     return 2 if errors else 0
 
 
-def labelled_corpora() -> list[str]:
-    """The files of ``conf/data`` that name labelled text."""
-    labelled = {kind.__pydantic_fields__["name"].default for kind in get_args(LabelledCorpora)}
+def corpora_of(kinds: Any) -> list[str]:
+    """The files of ``conf/data`` that name one of these kinds of data (a union of dataclasses)."""
+    names = {kind.__pydantic_fields__["name"].default for kind in get_args(kinds)}
     files = sorted(conf_directory().glob("data/*.yaml"))
-    return [path.stem for path in files if yaml.safe_load(path.read_text())["name"] in labelled]
+    return [path.stem for path in files if yaml.safe_load(path.read_text())["name"] in names]
 
 
 def compose(arguments: list[str]) -> tuple[list[Config], list[str]]:

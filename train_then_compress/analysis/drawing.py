@@ -25,11 +25,15 @@ Unit = Literal["count", "bytes", "time", "plain"]
 
 @dataclass(frozen=True)
 class Quantity:
-    """What a logarithmic axis shows: a column, its name, and the unit in which its ticks are written."""
+    """What a logarithmic axis shows: a column, its name, and the unit in which its ticks are written.
+
+    A cost of which more is better has its axis the other way round, so that cheap is always on the left.
+    """
 
     column: str
     name: str
     unit: Unit
+    higher_is_better: bool = False
 
 
 #: A hash salt and no date: the same records give the same SVG, byte for byte. Text stays text.

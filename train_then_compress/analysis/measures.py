@@ -38,13 +38,15 @@ class Measure:
 class TaskMeasures:
     """``curve``: of the validation split along training; ``points``: of the test split, the first ranks the points.
 
-    ``baseline`` names the model that has learned nothing (a row of the table); a run has learned something where its
-    validation measure beats ``share`` of the baseline's; ``too_little`` says in words that it has not.
+    ``baseline`` names the model that has learned nothing (a row of the table); its values stand, by split, under
+    ``recorded`` in the record of a run's corpus. A run has learned something where its validation measure beats
+    ``share`` of the baseline's; ``too_little`` says in words that it has not.
     """
 
     curve: Measure
     points: list[Measure]
     baseline: str
+    recorded: str
     share: float
     too_little: str
 
@@ -58,6 +60,7 @@ MEASURES = {
             Measure("test_accuracy", "masked-token test accuracy", **_ACCURACY),  # type: ignore[arg-type]
         ],
         baseline="unigram",
+        recorded="unigram_perplexity",
         share=0.5,
         too_little="validation perplexity not below half of the unigram model's",
     ),
@@ -68,7 +71,19 @@ MEASURES = {
             Measure("test_loss", "test loss", 2.0, unit="nats"),
         ],
         baseline="majority",
+        recorded="majority_accuracy",
         share=1.0,
         too_little="validation accuracy not above that of the most frequent label",
+    ),
+    "translation": TaskMeasures(
+        curve=Measure("bleu", "validation BLEU", 0.7, higher_is_better=True),
+        points=[
+            Measure("test_bleu", "test BLEU", 0.7, higher_is_better=True),
+            Measure("test_chrf", "test chrF", 0.7, higher_is_better=True),
+        ],
+        baseline="copy",
+        recorded="copy_bleu",
+        share=1.0,
+        too_little="validation BLEU not above that of copying the source",
     ),
 }

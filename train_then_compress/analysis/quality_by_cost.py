@@ -22,6 +22,7 @@ from train_then_compress.config.steps import STEPS
 COSTS = [
     drawing.Quantity("bytes", "size of the packed file", "bytes"),
     drawing.Quantity("nonzero", "non-zero parameters", "count"),
+    drawing.Quantity("throughput_beam", "target tokens per second", "count", higher_is_better=True),
 ]
 #: By a model's keys and a family of recipes.
 Colours = dict[tuple[tuple[int, int, str], str], str]
@@ -41,9 +42,15 @@ def quality_by_cost(study: Study, quality: Measure, cost: drawing.Quantity) -> F
     means, limits = _to_draw(points, quality, cost, runs)
     title = f"{quality.name.capitalize()} against {cost.name}"
     with drawing.page(title, setting(study, "mean and range of up to {seeds} seeds")) as (figure, axes):
-        axes.set(xlabel=f"{cost.name} (log scale)", ylabel=quality.label, ylim=limits)
-        cheapest, dearest = drawing.padded(means["x"])
-        drawing.log_axis(axes, "x", cheapest * (cheapest / dearest) ** 0.16, dearest, cost.unit)
+        faster = ", faster is on the left" if cost.higher_is_better else ""
+        axes.set(xlabel=f"{cost.name} (log scale{faster})", ylabel=quality.label, ylim=limits)
+        low, high = drawing.padded(means["x"])
+        room = (high / low) ** 0.16  # for names, on the cheap side
+        if cost.higher_is_better:
+            drawing.log_axis(axes, "x", low, high * room, cost.unit)
+            axes.invert_xaxis()
+        else:
+            drawing.log_axis(axes, "x", low / room, high, cost.unit)
         if quality.logarithmic:
             drawing.log_axis(axes, "y", *limits, "plain")
         marks, models = _marks(points), models_of(runs)
@@ -51,7 +58,7 @@ def quality_by_cost(study: Study, quality: Measure, cost: drawing.Quantity) -> F
         colours = _colours(models, marks)
         _draw_lines(axes, models, means, colours)
         _draw_markers(axes, means, marks, colours)
-        best = means[means["frontier"]].sort_values("x")
+        best = means[means["frontier"]].sort_values("x", ascending=not cost.higher_is_better)
         axes.step(best["x"], best["y"], where="post", zorder=2.5, **_FRONTIER)
         legends = [(heading(runs), _model_entries(models)), ("recipe", _recipe_entries(marks, models, colours))]
         drawing.lay_out(figure, axes, legends, [_explained(marks), *_cut_off(means, quality), *left_out(study)])
@@ -71,11 +78,12 @@ def _to_draw(
     ranking = MEASURES[runs["task"].iloc[0]].points[0]
     means = mean_over_seeds(points, list(dict.fromkeys([cost.column, quality.column, ranking.column])))
     means["family"] = means["recipe"].map(recipe_family)
+    means["x"] = means[cost.column].astype(float)
+    means["cost"] = -means["x"] if cost.higher_is_better else means["x"]
     baseline = runs["baseline_test"].max()
     sound = means[ranking.reaches(means[ranking.column], baseline) | pd.isna(baseline)]
-    best = frontier(sound, cost.column, quality.column, quality.higher_is_better)
+    best = frontier(sound, "cost", quality.column, quality.higher_is_better)
     means["frontier"] = best.reindex(means.index, fill_value=False)
-    means["x"] = means[cost.column].astype(float)
     values = means[quality.column] * quality.scale
     dense = values[means["recipe"] == "none"]
     dense = dense if len(dense) else values[means["frontier"]]

@@ -15,6 +15,8 @@ from train_then_compress.analysis.frontier import CELL
 from train_then_compress.analysis.measures import MEASURES
 from train_then_compress.config import Config, ConfigError
 from train_then_compress.config.labelled import HubLabelled
+from train_then_compress.config.model import ModelConfig, TransformerConfig
+from train_then_compress.config.parallel import ParallelConfig
 from train_then_compress.records import DENSE_STAGES, RunDirectory, read_json, read_rows
 
 #: Groups of the config that can make two runs of one shape and budget differ.
@@ -80,7 +82,7 @@ def runs_frame(runs: list[Run]) -> pd.DataFrame:
         own = pd.to_numeric(frame[f"baseline_{split}"]).astype(float)
         same = [frame[key] for key in ("task", "corpus", "vocab_size")]
         frame[f"baseline_{split}"] = own.fillna(own.groupby(same).transform("first"))
-    for column in ("validation_perplexity", "validation_accuracy"):
+    for column in ("validation_perplexity", "validation_accuracy", "validation_bleu"):
         frame[column] = pd.to_numeric(frame[column]).astype(float)
     is_mlm = frame["task"] == "mlm"
     frame["unigram_share"] = (frame["validation_perplexity"] / frame["baseline_validation"]).where(is_mlm)
@@ -102,8 +104,8 @@ def _row(run: Run, variant: str) -> dict[str, Any]:
     training = [row for row in run.metrics if row["stage"].startswith(DENSE_STAGES)]
     last: dict[str, Any] = next((row for row in reversed(training) if row["split"] == "validation"), {})
     validation = run.record.get("validation", last)
-    kind = "majority_accuracy" if finetuned else "unigram_perplexity"
-    baseline = run.record.get("corpus", {}).get(kind, {})
+    corpus = run.record.get("corpus", {})
+    baseline = corpus.get(MEASURES[config.task.name].recorded, {})
     budget = config.pretrain.budget if config.pretrain is not None else config.budget
     pretraining = origin.get("clock") or {} if finetuned else clock
     is_done = (run.path / "result.json").is_file()
@@ -114,7 +116,7 @@ def _row(run: Run, variant: str) -> dict[str, Any]:
         "task": config.task.name,
         "corpus": _corpus(config),
         "vocab_size": config.vocab_size,
-        "depth": config.model.depth,
+        "depth": _depth(config.model),
         "width": config.model.width,
         "variant": variant,
         "seed": config.seed,
@@ -125,16 +127,26 @@ def _row(run: Run, variant: str) -> dict[str, Any]:
         "pretrained_perplexity": (origin.get("validation") or {}).get("perplexity") if finetuned else None,
         "validation_perplexity": validation.get("perplexity"),
         "validation_accuracy": validation.get("accuracy"),
+        "validation_bleu": validation.get("bleu"),
         "baseline_validation": baseline.get("valid"),
         "baseline_test": baseline.get("test"),
+        "baseline_chrf": corpus.get("copy_chrf", {}).get("test"),
         "progress": 1.0 if run.record else max((row["progress"] for row in training), default=0.0),
         "absent": [recipe for recipe in config.parsed_recipes() if recipe not in run.points],
         "failure": failure.get("reason", ""),
     }
 
 
+def _depth(model: ModelConfig) -> int:
+    """Layers; a translator's are those of its deeper side."""
+    return max(model.encoder_layers, model.decoder_layers) if isinstance(model, TransformerConfig) else model.depth
+
+
 def _corpus(config: Config) -> str:
-    """A Hugging Face dataset by its path, and its configuration where it is labelled; every other text by its name."""
+    """A Hugging Face dataset by its path, and its configuration where it is labelled; every other text by its name;
+    parallel text with its languages."""
+    if isinstance(config.data, ParallelConfig):
+        return f"{getattr(config.data, 'path', config.data.name)}:{config.data.source}-{config.data.target}"
     if isinstance(config.data, HubLabelled):
         return config.data.path + (f":{config.data.subset}" if config.data.subset else "")
     return str(getattr(config.data, "path", config.data.name))
@@ -162,7 +174,7 @@ def _variants(configs: list[Config]) -> list[str]:
     seen: dict[tuple[Any, ...], set[str]] = defaultdict(set)
     for config, settings in zip(configs, flat, strict=True):
         budget = config.pretrain.budget if config.pretrain is not None else config.budget
-        shape = (config.model.depth, config.model.width)
+        shape = (_depth(config.model), config.model.width)
         same = (config.task.name, _corpus(config), config.vocab_size, budget.kind, budget.value, *shape)
         for key, value in settings.items():
             seen[*same, key].add(repr(value))

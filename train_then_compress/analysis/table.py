@@ -19,39 +19,52 @@ from train_then_compress.analysis.runs import Run, read_runs, runs_frame, what_i
 COLUMNS: dict[str, str] = {
     "study": "the sweep: the directory's name",
     "run": "the run: its directory's name",
-    "task": "the task: mlm or classification (a finetuned model)",
-    "corpus": "the text, by name (a Hugging Face dataset by its path)",
+    "task": "the task: mlm, classification (a finetuned model) or translation",
+    "corpus": "the text, by name (a Hugging Face dataset by its path), parallel text with its languages",
     "vocab_size": "tokens in the vocabulary asked for, special tokens included; perplexities compare only where equal",
-    "depth": "layers",
+    "depth": "layers (translation: of the encoder and of the decoder, of the deeper where they differ)",
     "width": "units of the residual stream (hidden size)",
     "variant": "settings that differ between runs of one shape and budget, e.g. lr=0.003; empty where only seeds do",
     "seed": "seed of initialization, order of batches and masks (classification: of the head and of finetuning)",
     "budget_kind": "what training (classification: pretraining) may spend: seconds, flops, tokens or steps",
     "budget": "how much of it; seconds are training-step time",
     "recipe": "compression steps joined by +; none is the dense model; unigram is the unigram model of the training "
-    "text, smoothed as the corpus records it, majority the most frequent label, for comparison (one row per corpus)",
-    "test_loss": "nats per masked token (15 % masked) or per example, test split",
-    "test_perplexity": "exp(test_loss) of masked tokens",
+    "text, smoothed as the corpus records it, majority the most frequent label, copy the source as its translation: "
+    "for comparison (one row per corpus)",
+    "test_loss": "nats per masked token (15 % masked), per example or per target token (</s> counted), test split",
+    "test_perplexity": "exp(test_loss) of masked or target tokens",
     "test_accuracy": "share of masked tokens, or of labels, predicted exactly, in [0, 1], test split",
+    "test_bleu": "sacreBLEU's BLEU of the test split translated by beam search (evaluation.beam), 0 to 100",
+    "test_bleu_low": "lower end of its 95 % interval (bootstrap over sentences)",
+    "test_bleu_high": "upper end",
+    "test_chrf": "sacreBLEU's chrF of the same translations, 0 to 100",
+    "test_bleu_sentences": "number of test sentences that were translated",
+    "bleu_signature": "how sacreBLEU computed BLEU",
+    "chrf_signature": "how sacreBLEU computed chrF",
     "bytes": "size of the packed file as it lies on disk, header included",
     "compression_ratio": "bytes_bf16 / bytes",
     "nonzero": "parameters that are not zero, tied embeddings counted once",
     "nonzero_without_embeddings": "the same without token and position embeddings",
     "frontier": "true where no other point of the same task, corpus, vocabulary and budget is at most as large (bytes) "
-    "and at least as good (test_perplexity; classification: test_accuracy) and better in one of them, both as means "
-    "over seeds; never a ruined point, nor one of a run that has learned too little for the figures",
-    "ruined": "true where the point is no better than the unigram model or the most frequent label",
+    "and at least as good (test_perplexity; classification: test_accuracy; translation: test_bleu) and better in one "
+    "of them, both as means over seeds; never a ruined point, nor one of a run that has learned too little for the "
+    "figures",
+    "ruined": "true where the point is no better than the unigram model, the most frequent label or the copied source",
     "parameters": "all parameters, tied embeddings counted once",
     "parameters_without_embeddings": "the same without token and position embeddings",
     "bytes_bf16": "size of the dense model's file in bf16",
     "bytes_fp32": "size of the dense model's file in fp32",
-    "flops_per_token": "FLOPs of a forward pass per token, zeros counted (dense)",
+    "flops_per_token": "FLOPs of a forward pass per token, zeros counted (dense); translation: of a test pair of mean "
+    "length, as in training, per target token",
     "flops_per_token_nonzero": "the same with multiplications by zero weights left out; no speed-up follows from it",
-    "latency_ms": "milliseconds per forward pass of one sequence, median, on engine with threads",
+    "latency_ms": "milliseconds per forward pass of one sequence, median, on engine with threads; translation: per "
+    "test sentence translated alone by beam search (mean of 8 sentences)",
     "latency_iqr_ms": "interquartile range of that latency, milliseconds",
     "example_latency_ms": "milliseconds per test example alone (batch 1, no padding), mean, early exits taken "
     "(classification only)",
-    "throughput": "tokens per second, batches of 16 sequences",
+    "throughput": "tokens per second, batches of 16 sequences; translation: target tokens per second, 32 test "
+    "sentences in a batch, greedy",
+    "throughput_beam": "target tokens per second of the same by beam search (evaluation.beam; translation only)",
     "average_depth": "layers that a test example passes before it exits, mean (early exits only, whose flops_per_token "
     "and latency_ms are those of all layers)",
     "engine": "what ran the model while latency and throughput were taken",
@@ -75,18 +88,21 @@ COLUMNS: dict[str, str] = {
     "milestones) were finetuned",
     "validation_perplexity": "of the dense model when training ended (unigram row: of the unigram model)",
     "validation_accuracy": "accuracy of the dense model when training ended, in [0, 1] (masked tokens or labels)",
+    "validation_bleu": "BLEU of the dense model when training ended, on the first evaluation.bleu_sentences sentences, "
+    "by evaluation.validation_beam (greedy by default)",
     "unigram_share": "validation_perplexity / the unigram model's; at 0.5 or more the figures leave the run out",
     "point": "identity of the point (hash)",
     "stage": "directory of the recipe's last stage",
 }  # fmt: skip
 
 _TEXT = [
-    "study", "run", "task", "corpus", "variant", "budget_kind", "recipe", "engine", "weight_errors", "point", "stage",
+    "study", "run", "task", "corpus", "variant", "budget_kind", "recipe", "bleu_signature", "chrf_signature", "engine",
+    "weight_errors", "point", "stage",
 ]  # fmt: skip
 _INTEGERS = [
     "vocab_size", "depth", "width", "seed", "bytes", "nonzero", "nonzero_without_embeddings", "parameters",
     "parameters_without_embeddings", "bytes_bf16", "bytes_fp32", "threads", "compress_steps", "compress_tokens",
-    "compress_calibration_tokens",
+    "compress_calibration_tokens", "test_bleu_sentences",
     "train_steps", "train_tokens", "finetune_steps", "finetune_tokens",
 ]  # fmt: skip
 
@@ -100,7 +116,7 @@ class Study:
     ``runs``: one row per run in order of size, its settings and results named as in `COLUMNS`, with ``progress``
     (share of the budget spent), ``learned``, ``failure`` (reason, or empty), ``absent`` (recipes without a point),
     ``baseline_validation`` and ``baseline_test`` (perplexity of the unigram model, accuracy of the most frequent
-    label). ``missing``: sentences.
+    label, BLEU of the copied source; its chrF is ``baseline_chrf``). ``missing``: sentences.
     """
 
     directory: Path
@@ -154,6 +170,8 @@ def _baseline_rows(runs: pd.DataFrame) -> list[dict[Any, Any]]:
                 f"validation_{measures.curve.column}": run["baseline_validation"]}  # fmt: skip
         if run["task"] == "mlm":
             row |= {"test_loss": math.log(value), "unigram_share": 1.0}
+        if run["task"] == "translation":
+            row["test_chrf"] = run["baseline_chrf"]
         rows.append(row)
     return rows
 
@@ -236,22 +254,30 @@ _MARKDOWN: dict[str, tuple[str, Callable[[Any], str]]] = {
     "test_perplexity": ("test perplexity", _digits(4)),
     "test_loss": ("test loss", _digits(3)),
     "test_accuracy": ("test accuracy (%)", _digits(3, 0.01)),
+    "test_bleu": ("test BLEU", _digits(3)),
+    "test_chrf": ("test chrF", _digits(3)),
     "bytes": ("size (MB)", _digits(3, 1e6)),
     "compression_ratio": ("ratio to bf16", _digits(3)),
     "nonzero": ("non-zero (M)", _digits(3, 1e6)),
     "latency_ms": ("latency (ms)", _digits(3)),
     "throughput": ("tokens/s", _digits(3)),
+    "throughput_beam": ("tokens/s by beam search", _digits(3)),
     "weight_error": ("weight error", "{:.3f}".format),
     "compress_seconds": ("compression (s)", _digits(3)),
     "train_seconds": ("training (s)", _digits(3)),
     "validation_perplexity": ("dense validation perplexity", _digits(4)),
     "validation_accuracy": ("dense validation accuracy (%)", _digits(3, 0.01)),
+    "validation_bleu": ("dense validation BLEU", _digits(3)),
     "frontier": ("frontier", lambda value: "yes" if value else ""),
 }
 _ON_ENGINE = "latency_ms_"
 _SHOWN_IF_VARIED = [*CELL, "variant", "seed"]
+_SHOWN_IF_KNOWN = ["throughput_beam"]
 #: Shown for the tasks that are judged by them.
-_QUALITY = ["test_perplexity", "test_loss", "test_accuracy", "validation_perplexity", "validation_accuracy"]
+_QUALITY = [
+    "test_perplexity", "test_loss", "test_accuracy", "test_bleu", "test_chrf", "validation_perplexity",
+    "validation_accuracy", "validation_bleu",
+]  # fmt: skip
 
 
 def with_engines(points: pd.DataFrame, measured: dict[str, Any]) -> pd.DataFrame:
@@ -299,7 +325,8 @@ def _markdown(frame: pd.DataFrame) -> str:
     tasks = [MEASURES[task] for task in models["task"].unique()]
     shown = {f"validation_{task.curve.column}" for task in tasks} | {m.column for task in tasks for m in task.points}
     columns_of = {name: column for name, column in _shown(frame).items() if (name not in _QUALITY or name in shown)
-                  and (name not in _SHOWN_IF_VARIED or models[name].nunique(dropna=False) > 1)}  # fmt: skip
+                  and (name not in _SHOWN_IF_VARIED or models[name].nunique(dropna=False) > 1)
+                  and (name not in _SHOWN_IF_KNOWN or models[name].notna().any())}  # fmt: skip
     columns = []
     for name, (heading, write) in columns_of.items():
         cells = [heading, *(_cell(row, name, write) for row in frame.to_dict("records"))]

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train_then_compress.data.prepare import PAD
+from train_then_compress.config.parts import in_embedding
 from train_then_compress.models.early_exit import nobody_leaves
-from train_then_compress.training.task import Task
+from train_then_compress.training.task import Task, text_at
 
 Visit = Callable[[str, Tensor], None]
 
@@ -36,8 +36,8 @@ def linear_inputs(
     """Run pieces of batches through the model and show ``visit`` what each linear layer is given.
 
     ``visit(name, inputs)``: the name of the layer's weight and float32 [rows, inputs], one row a position; padding and
-    places that only fill up a batch are left out. In fp32 and without dropout, and no example exits early. ``only``
-    these layers, if given.
+    places that only fill up a batch are left out. In fp32 and without dropout, and no example exits early. A factored
+    embedding, which is looked up, is not shown. ``only`` these layers, if given.
     """
     training = model.training
     model.eval()
@@ -47,14 +47,14 @@ def linear_inputs(
         inputs = arguments[0].detach()
         part = current["part"]
         if inputs.dim() == 3:
-            visit(name, inputs[part.tokens != PAD].float())
+            visit(name, inputs[text_at(part, name)].float())
         else:
             visit(name, inputs[: part.terms].float())
 
     hooks = [
         module.register_forward_pre_hook(partial(show, f"{name}.weight"))
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and (only is None or f"{name}.weight" in only)
+        if isinstance(module, nn.Linear) and not in_embedding(name) and (only is None or f"{name}.weight" in only)
     ]
     try:
         with torch.inference_mode(), nobody_leaves(model):

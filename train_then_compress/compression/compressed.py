@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_LAYERS = "encoder.layers."
+from train_then_compress.config.parts import in_embedding, in_layers
 
 
 def spread(values: Tensor, columns: int) -> Tensor:
@@ -101,7 +101,7 @@ def matrices(model: nn.Module, embeddings: bool) -> dict[str, Tensor]:
     """
     return {
         f"{name}.weight": module.weight for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Embedding) and (embeddings or not name.startswith("encoder.embedding"))
+        if isinstance(module, nn.Linear | nn.Embedding) and (embeddings or not in_embedding(name))
     }  # fmt: skip
 
 
@@ -109,12 +109,12 @@ def weight_errors(dense: dict[str, Tensor], used: dict[str, Tensor]) -> tuple[fl
     """Relative Frobenius error ``|W - W'| / |W|``, over all matrices together and for each matrix.
 
     Matrices that compression gave another shape (smaller, factored) are left out; where whole layers are gone, those of
-    every layer, since the names of the others have moved up.
+    every layer of that side, since the names of the others have moved up.
     """
-    moved = _depth(dense) != _depth(used)
+    moved = {side for side, _ in _layers(dense) - _layers(used)}
     errors, norms = {}, {}
     for name, weight in dense.items():
-        same = name in used and used[name].shape == weight.shape and not (moved and name.startswith(_LAYERS))
+        same = name in used and used[name].shape == weight.shape and _layer(name)[0] not in moved
         if weight.dim() == 2 and same:
             errors[name] = float((weight - used[name]).norm())
             norms[name] = float(weight.norm())
@@ -122,5 +122,11 @@ def weight_errors(dense: dict[str, Tensor], used: dict[str, Tensor]) -> tuple[fl
     return total, {name: errors[name] / norms[name] if norms[name] else 0.0 for name in errors}
 
 
-def _depth(weights: dict[str, Tensor]) -> int:
-    return len({name.removeprefix(_LAYERS).split(".")[0] for name in weights if name.startswith(_LAYERS)})
+def _layers(weights: dict[str, Tensor]) -> set[tuple[str, str]]:
+    return {_layer(name) for name in weights if in_layers(name)}
+
+
+def _layer(name: str) -> tuple[str, str]:
+    """The side of the model that a parameter belongs to, and the number of its layer there."""
+    side, _, rest = name.partition(".layers.")
+    return side, rest.split(".")[0]

@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train_then_compress.compression.compressed import Codes, Compressed, spread
+from train_then_compress.config.parts import in_embedding
 
 #: Weights that share a scale in torch's kernel, and what its number of outputs must be a multiple of.
 _GROUPS = (256, 128, 64, 32)
 _ROWS = 16
-#: A factored embedding's linear layer is also used the other way round, for which its weights are asked for.
-_TIED = "encoder.embedding."
 
 
 def to_packed_linears(compressed: Compressed) -> nn.Module:
@@ -33,7 +32,8 @@ def to_packed_linears(compressed: Compressed) -> nn.Module:
             model.set_submodule(path, PackedEmbedding(codes))
         elif type(module) is nn.Linear:  # others may do something to their inputs
             bias = None if module.bias is None else module.bias.detach()
-            by_kernel = kernel_group(codes) and not path.startswith(_TIED)
+            # A factored embedding's is also used the other way round, for which its weights are asked for.
+            by_kernel = kernel_group(codes) and not in_embedding(path)
             model.set_submodule(path, Int4Linear(codes, bias) if by_kernel else PackedLinear(codes, bias))
     return model.eval()
 
@@ -133,6 +133,6 @@ class PackedEmbedding(PackedMatrix):
         """int64 [...] -> float32 [..., columns]."""
         return self.rows(tokens)
 
-    def project(self, x: Tensor, bias: Tensor) -> Tensor:
-        """[n, columns] -> a score for each token, [n, vocabulary]."""
+    def project(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[.., columns] -> a score for each token, [.., vocabulary]."""
         return F.linear(x, self.weight, bias)

@@ -7,7 +7,7 @@ over; elsewhere the layer divides its input at run time by a stored vector.
 
 Weights are stored in 8 bits. The quantization of the activations is simulated: they are rounded to the values that int8
 has, and multiplied in floating point, so that the quality is that of int8 and the speed is not. The linear layers of
-the encoder are quantized; heads, attention scores and attention's mixing stay in floating point.
+encoder and decoder are quantized; heads, attention scores and attention's mixing stay in floating point.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from train_then_compress.compression.bench import Bench
 from train_then_compress.compression.calibration import linear_inputs
 from train_then_compress.compression.compressed import Compressed, matrices
 from train_then_compress.compression.quant import quantize
+from train_then_compress.config.parts import in_embedding, in_layers
 from train_then_compress.config.recipes import Step
 from train_then_compress.config.steps import Quant, Smooth
 from train_then_compress.models.layers import EncoderLayer
@@ -29,6 +30,12 @@ from train_then_compress.models.layers import EncoderLayer
 _BITS = 8
 _LARGEST = 127  # codes are symmetric (section 2, equation 1)
 _TINY = torch.finfo(torch.float32).tiny
+#: In a pre-norm layer: the LayerNorm that feeds a linear layer and nothing else. (An encoder's last one feeds the keys
+#: and values of every layer of the decoder.)
+_FED_BY = {
+    "attention.query_key_value": "attention_norm", "cross_attention.query": "cross_attention_norm",
+    "feed_forward.inner": "feed_forward_norm",
+}  # fmt: skip
 
 
 class SmoothLinear(nn.Linear):
@@ -81,14 +88,14 @@ def apply(compressed: Compressed, step: Step, bench: Bench) -> None:
             if isinstance(layer, SmoothLinear) and layer.step is not None and ranges[name].any():
                 layer.step.copy_(_as_stored(ranges[name].max() / _LARGEST))
         for name, weight in matrices(compressed.model, config.embeddings).items():
-            if name.startswith("encoder."):
+            if in_layers(name) or in_embedding(name):
                 compressed.codes[name] = codes = quantize(weight.cpu(), _BITS, weights)
                 weight.copy_(codes.dequantize())
     compressed.mask_weights()
 
 
 def rebuild(model: nn.Module, entry: dict[str, Any]) -> nn.Module:
-    """Replace the encoder's linear layers, in place, by ones that quantize their input; nothing is scaled yet."""
+    """Replace the linear layers inside layers, in place, by ones that quantize their input; nothing is scaled yet."""
     norms = norms_before(model)
     for name, linear in _layers(model).items():
         divides = entry["smoothed"] and name not in norms
@@ -151,16 +158,17 @@ def norms_before(model: nn.Module) -> dict[str, nn.LayerNorm]:
     norms = {}
     for name, layer in model.named_modules():
         if isinstance(layer, EncoderLayer) and layer.pre_norm:
-            norms[f"{name}.attention.query_key_value"] = layer.attention_norm
-            norms[f"{name}.feed_forward.inner"] = layer.feed_forward_norm
+            for linear, norm in _FED_BY.items():
+                if isinstance(module := getattr(layer, norm, None), nn.LayerNorm):
+                    norms[f"{name}.{linear}"] = module
     return norms
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers inside the encoder's layers, by name."""
+    """The linear layers inside the layers of encoder and decoder, by name."""
     return {
         name: module for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith("encoder.layers.")
+        if isinstance(module, nn.Linear) and in_layers(name)
     }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from train_then_compress.compression.bench import Bench
 from train_then_compress.compression.calibration import second_moments
 from train_then_compress.compression.compressed import Compressed
+from train_then_compress.config.parts import in_embedding, in_layers
 from train_then_compress.config.recipes import Step
 from train_then_compress.config.steps import Svd
 from train_then_compress.models.factored import Factored, FactoredEmbedding
@@ -69,14 +70,15 @@ def rebuild(model: nn.Module, entry: dict[str, Any]) -> nn.Module:
 
 
 def factorable(model: nn.Module, embeddings: bool) -> dict[str, nn.Module]:
-    """By name, linear layers in ``encoder.layers`` and, by choice, the token embedding, factored already or not."""
+    """By name, linear layers inside layers and, by choice, the token embedding, factored already or not."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         inside_factored = name.rpartition(".")[0] in found
-        if name.startswith("encoder.layers.") and isinstance(module, nn.Linear | Factored) and not inside_factored:
+        if in_layers(name) and isinstance(module, nn.Linear | Factored) and not inside_factored:
             found[name] = module
     if embeddings:
-        found["encoder.embedding"] = model.get_submodule("encoder.embedding")
+        name = next(name for name, _ in model.named_modules() if in_embedding(name))
+        found[name] = model.get_submodule(name)
     return found
 
 

@@ -15,8 +15,9 @@ from train_then_compress.config.base import ConfigError, config_dataclass, expla
 from train_then_compress.config.data import BATCH_FIELDS, CorpusConfig, SotuWiki, TextConfig
 from train_then_compress.config.distillation import DistillConfig, Teaching
 from train_then_compress.config.labelled import LabelledConfig, LabelledCorpora
-from train_then_compress.config.model import RobertaConfig
+from train_then_compress.config.model import ModelConfig, RobertaConfig, TransformerConfig
 from train_then_compress.config.origin import Milestone, Pretraining, parse_milestone
+from train_then_compress.config.parallel import ParallelConfig, ParallelCorpora
 from train_then_compress.config.recipes import Step, parse_recipe
 from train_then_compress.config.runtime import PathsConfig, RuntimeConfig, TrackerConfig
 from train_then_compress.config.steps import STEPS
@@ -27,18 +28,26 @@ from train_then_compress.config.training import (
     EvaluationConfig,
     MaskedLMTask,
     OptimizerConfig,
+    TranslationTask,
 )
 
 __all__ = [
     "BATCH_FIELDS", "BudgetConfig", "CheckpointConfig", "ClassificationTask", "Config", "ConfigError",
     "CorpusConfig", "DataConfig", "DistillConfig", "EvaluationConfig", "LabelledConfig", "LabelledCorpora",
-    "MaskedLMTask", "Milestone", "OptimizerConfig", "PathsConfig", "Pretraining", "RobertaConfig", "RuntimeConfig",
-    "SotuWiki", "Step", "TaskConfig", "Teaching", "TrackerConfig", "conf_directory", "parse_milestone",
-    "parse_recipe",
+    "MaskedLMTask", "Milestone", "ModelConfig", "OptimizerConfig", "ParallelConfig", "ParallelCorpora", "PathsConfig",
+    "Pretraining", "RobertaConfig", "RuntimeConfig", "SotuWiki", "Step", "TaskConfig", "Teaching", "TrackerConfig",
+    "TransformerConfig", "TranslationTask", "conf_directory", "parse_milestone", "parse_recipe",
 ]  # fmt: skip
 
-DataConfig = Annotated[TextConfig | LabelledCorpora, Field(discriminator="name")]
-TaskConfig = Annotated[MaskedLMTask | ClassificationTask, Field(discriminator="name")]
+DataConfig = Annotated[TextConfig | LabelledCorpora | ParallelCorpora, Field(discriminator="name")]
+TaskConfig = Annotated[MaskedLMTask | ClassificationTask | TranslationTask, Field(discriminator="name")]
+
+#: For each task its kind of data, in words, and one of that kind.
+_DATA_OF: dict[str, tuple[type, str, str]] = {
+    "mlm": (CorpusConfig, "text without labels or translations", "sotu_wiki"),
+    "classification": (LabelledConfig, "labelled text", "rotten_tomatoes"),
+    "translation": (ParallelConfig, "sentence pairs", "debian_en_it"),
+}
 
 
 @config_dataclass
@@ -47,8 +56,8 @@ class Config:
 
     ``branch_from`` is ``RUN_DIRECTORY@PROGRESS``: start from that milestone of a ``wsd`` run, clock included.
     ``init_from`` is a run's directory or ``RUN_DIRECTORY@PROGRESS``: finetune (``task=classification``) or compress
-    (``task=mlm``) the weights that stand there; model and pretraining are read from it. Without it, ``pretrain``
-    says how the model to finetune is made.
+    (otherwise) the weights that stand there; model and pretraining are read from it. Without it, ``pretrain`` says how
+    the model to finetune is made.
     ``distill`` names a run whose dense model teaches this run's while it is trained or finetuned (not in ``pretrain``).
     """
 
@@ -56,7 +65,7 @@ class Config:
     seed: int = Field(0, ge=0, lt=2**31)
     task: TaskConfig = Field(default_factory=MaskedLMTask)
     data: DataConfig = Field(default_factory=SotuWiki)
-    model: RobertaConfig = Field(default_factory=RobertaConfig)
+    model: ModelConfig = Field(default_factory=RobertaConfig)
     budget: BudgetConfig = Field(default_factory=BudgetConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
@@ -110,10 +119,14 @@ class Config:
 
     @property
     def longest(self) -> int | None:
-        """Tokens of the longest sequence that the model takes; None where its positions are not learned: any."""
+        """Tokens of the longest sequence that the model takes; None for an encoder whose positions are not learned."""
+        if isinstance(self.model, TransformerConfig):
+            return self.model.length
         if self.model.positions != "learned":
             return None
-        return (self.pretrain or self).data.sequence_length
+        data = (self.pretrain or self).data
+        assert not isinstance(data, ParallelConfig)
+        return data.sequence_length
 
     def pretraining(self) -> Config | None:
         """The config of the run that makes the model to finetune, or None where there is no such run to make."""
@@ -126,13 +139,9 @@ class Config:
     def _parts_fit_together(self) -> Config:
         if not self.study or not all(c.isalnum() or c in "._-" for c in self.study) or self.study.startswith("."):
             raise reject("study", repr(self.study), "letters, digits, '.', '_' and '-' only, not starting with '.'")
-        share, rest = divmod(self.optimizer.batch_size, self.runtime.processes)
-        if rest:
-            raise reject("optimizer.batch_size", self.optimizer.batch_size,
-                         f"must be a multiple of runtime.processes={self.runtime.processes}")  # fmt: skip
-        if self.runtime.micro_batch and share % self.runtime.micro_batch:
-            raise reject("runtime.micro_batch", self.runtime.micro_batch,
-                         f"must divide the {share} sequences of one process")  # fmt: skip
+        self._task_data_and_model_fit()
+        if self.task.name != "translation":
+            self._batch_divides()
         if self.budget.kind == "steps" and self.optimizer.warmup * self.budget.value > self.budget.value - 1:
             raise reject("budget.value", self.budget.value,
                          f"too small for optimizer.warmup={self.optimizer.warmup}: "
@@ -148,11 +157,29 @@ class Config:
         self.parsed_recipes()
         return self
 
+    def _batch_divides(self) -> None:
+        share, rest = divmod(self.optimizer.batch_size, self.runtime.processes)
+        if rest:
+            raise reject("optimizer.batch_size", self.optimizer.batch_size,
+                         f"must be a multiple of runtime.processes={self.runtime.processes}")  # fmt: skip
+        if self.runtime.micro_batch and share % self.runtime.micro_batch:
+            raise reject("runtime.micro_batch", self.runtime.micro_batch,
+                         f"must divide the {share} sequences of one process")  # fmt: skip
+
+    def _task_data_and_model_fit(self) -> None:
+        task = self.task.name
+        kind, _, example = _DATA_OF[task]
+        if not isinstance(self.data, kind):
+            words, its_task = next((words, name) for name, (kind, words, _) in _DATA_OF.items()
+                                   if isinstance(self.data, kind))  # fmt: skip
+            raise reject("data", self.data.name, f"{words}; it needs task={its_task}, and task={task} other data, "
+                         f"e.g. data={example}")  # fmt: skip
+        needed = "transformer" if task == "translation" else "roberta"
+        if self.model.name != needed:
+            raise reject("model.name", self.model.name, f"task={task} needs model={needed}")
+
     def _origin_is_possible(self) -> None:
-        labelled = isinstance(self.data, LabelledConfig)
-        if self.task.name == "mlm":
-            if labelled:
-                raise reject("data", self.data.name, "labelled text; it needs task=classification")
+        if self.task.name != "classification":
             if self.budget.kind == "epochs":
                 raise reject("budget.kind", "epochs", "only task=classification counts epochs")
             if self.pretrain is not None:
@@ -161,11 +188,8 @@ class Config:
                 raise reject("distill.teacher", self.distill.teacher,
                              "nothing is trained here: what init_from names is compressed as it stands")  # fmt: skip
             return
-        if not labelled:
-            raise reject("data", self.data.name, "text without labels; task=classification needs labelled text, "
-                         "e.g. data=rotten_tomatoes")  # fmt: skip
         if self.branch_from is not None:
-            raise reject("branch_from", self.branch_from, "only task=mlm can branch")
+            raise reject("branch_from", self.branch_from, "a finetuning cannot branch")
         if self.init_from is None and self.pretrain is None:
             raise reject("init_from", None, "task=classification needs the directory of a pretraining run, or "
                          "pretrain=mlm and its settings to make one")  # fmt: skip

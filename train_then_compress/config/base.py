@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 T = TypeVar("T")
 
 #: Keys whose dataclass is chosen by their ``name``.
-_UNIONS = ("data", "task")
+_UNIONS = ("data", "task", "model")
 
 
 class ConfigError(ValueError):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from train_then_compress.config.base import config_dataclass, reject
 
@@ -42,6 +42,11 @@ class RobertaConfig(ModelShape):
     name: Literal["roberta"] = "roberta"
     depth: int = Field(12, ge=1, le=48)
 
+    @property
+    def depth_name(self) -> str:
+        """As it stands in a run's name."""
+        return str(self.depth)
+
     def matrix_weights(self, vocab_size: int) -> int:
         """Weights in matrices: 12 width^2 a layer, the token embedding and the head's dense layer."""
         return self.depth * 12 * self.width**2 + (vocab_size + self.width) * self.width
@@ -49,7 +54,10 @@ class RobertaConfig(ModelShape):
 
 @config_dataclass
 class TransformerConfig(ModelShape):
-    """The Transformer for translation: ``depth`` layers in the encoder and as many in the decoder, unless set apart."""
+    """The Transformer for translation: ``depth`` layers in the encoder and as many in the decoder, unless set apart.
+
+    ``length``: tokens of the longest sentence of either side, ``</s>`` included.
+    """
 
     name: Literal["transformer"] = "transformer"
     depth: int = Field(6, ge=1, le=48)
@@ -58,6 +66,7 @@ class TransformerConfig(ModelShape):
     width: int = Field(512, ge=2, le=16384)
     positions: Literal["learned", "sinusoidal", "rotary"] = "sinusoidal"
     dropout: float = Field(0.1, ge=0, lt=1)
+    length: int = Field(1024, ge=16, le=16384)
 
     @property
     def encoder_layers(self) -> int:
@@ -69,7 +78,23 @@ class TransformerConfig(ModelShape):
         """Layers of the decoder."""
         return self.decoder_depth or self.depth
 
+    @property
+    def depth_name(self) -> str:
+        """As it stands in a run's name: one number, or the encoder's and the decoder's where they differ."""
+        return ".".join(map(str, dict.fromkeys([self.encoder_layers, self.decoder_layers])))
+
     def matrix_weights(self, vocab_size: int) -> int:
         """Weights in matrices: 12 width^2 an encoder layer, 16 width^2 a decoder layer, the embedding."""
         layers = 12 * self.encoder_layers + 16 * self.decoder_layers
         return layers * self.width**2 + vocab_size * self.width
+
+
+def _architecture(value: Any) -> str:
+    """A model without a name is RoBERTa."""
+    return str(value.get("name", "roberta") if isinstance(value, dict) else getattr(value, "name", ""))
+
+
+ModelConfig = Annotated[
+    Annotated[RobertaConfig, Tag("roberta")] | Annotated[TransformerConfig, Tag("transformer")],
+    Discriminator(_architecture),
+]

@@ -70,3 +70,6 @@ class ParallelFiles(ParallelConfig):
         if not self.train:
             raise reject("data.train", self.train, "a prefix of two aligned files, or a TSV file, is needed")
         return self
+
+
+ParallelCorpora = DebianPairs | HubParallel | ParallelFiles

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from train_then_compress.config.base import ConfigError, explain
-from train_then_compress.config.model import RobertaConfig
+from train_then_compress.config.model import ModelConfig
 from train_then_compress.config.steps import STEPS, StepConfig
 from train_then_compress.config.steps.base import PHASES
 
@@ -31,7 +31,7 @@ class Step:
         return f"{self.method}{self.strength}" if self.config.has_strength else self.method
 
 
-def parse_recipe(recipe: str, settings: Mapping[str, Any], model: RobertaConfig, task: str = "mlm") -> list[Step]:
+def parse_recipe(recipe: str, settings: Mapping[str, Any], model: ModelConfig, task: str = "mlm") -> list[Step]:
     """The steps of a recipe for a model and a task, with the methods' settings from the config's ``steps``.
 
     Raises `ConfigError` naming the recipe for an unknown method, an impossible strength or wrong settings.

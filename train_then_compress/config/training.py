@@ -26,6 +26,18 @@ class ClassificationTask:
 
 
 @config_dataclass
+class TranslationTask:
+    """Translation of sentences (Vaswani et al. 2017).
+
+    ``label_smoothing`` is the probability that the training loss takes from the right token and spreads over all others
+    (fairseq's ``label_smoothed_cross_entropy``).
+    """
+
+    name: Literal["translation"] = "translation"
+    label_smoothing: float = Field(0.1, ge=0, le=0.5)
+
+
+@config_dataclass
 class BudgetConfig:
     """What training may spend. ``seconds`` are training-step time only; ``epochs`` of labels."""
 
@@ -44,8 +56,9 @@ class OptimizerConfig:
     """AdamW and the learning-rate schedule, a function of progress = spent / budget.
 
     ``linear`` rises over ``warmup`` and falls to zero at progress 1; ``wsd`` rises, stays, and falls to zero over
-    the last ``cooldown`` (Hägele et al. 2405.18392). ``batch_size`` counts sequences per optimizer step, whatever
-    the number of processes and of micro-batches.
+    the last ``cooldown`` (Hägele et al. 2405.18392); ``inverse_sqrt``, for comparison with fairseq, never reaches zero.
+    ``batch_size`` counts sequences per optimizer step, whatever the number of processes and of micro-batches;
+    ``batch_tokens``, in its place for translation, source and target positions at most, padding included.
     """
 
     name: Literal["adamw"] = "adamw"
@@ -56,7 +69,8 @@ class OptimizerConfig:
     weight_decay: float = Field(0.01, ge=0)
     clip: float = Field(1.0, gt=0)
     batch_size: int = Field(16, ge=1)
-    schedule: Literal["linear", "wsd"] = "linear"
+    batch_tokens: int = Field(4096, ge=32)
+    schedule: Literal["linear", "wsd", "inverse_sqrt"] = "linear"
     warmup: float = Field(0.06, ge=0, lt=1)
     cooldown: float = Field(0.2, gt=0, le=1)
 
@@ -64,6 +78,9 @@ class OptimizerConfig:
     def _phases_fit(self) -> OptimizerConfig:
         if self.schedule == "wsd" and self.warmup + self.cooldown > 1:
             raise reject("optimizer.warmup", self.warmup, f"with optimizer.cooldown={self.cooldown} at most 1 together")
+        if self.schedule == "inverse_sqrt" and not self.warmup:
+            raise reject("optimizer.warmup", self.warmup, "optimizer.schedule=inverse_sqrt falls from its end on; "
+                         "it must be above 0")  # fmt: skip
         return self
 
 
@@ -72,6 +89,10 @@ class EvaluationConfig:
     """Validation at ``points`` values of progress, evenly spaced in its logarithm from ``first`` to 1.
 
     ``validation_sequences`` and ``test_sequences`` cap the sequences scored (0: all of the split).
+
+    For translation: test BLEU with ``beam`` hypotheses, ``length_penalty`` and at most ``max_ratio`` x source tokens +
+    ``max_extra``; validation BLEU with ``validation_beam`` (1: greedy), on the first ``bleu_sentences`` of those that
+    ``validation_sequences`` leaves (0: all).
     """
 
     points: int = Field(12, ge=1, le=1000)
@@ -79,6 +100,12 @@ class EvaluationConfig:
     batch_size: int = Field(64, ge=1)
     validation_sequences: int = Field(0, ge=0)
     test_sequences: int = Field(0, ge=0)
+    beam: int = Field(5, ge=1, le=16)
+    validation_beam: int = Field(1, ge=1, le=16)
+    bleu_sentences: int = Field(500, ge=0)
+    length_penalty: float = Field(1.0, ge=0, le=5)
+    max_ratio: float = Field(1.5, ge=0, le=10)
+    max_extra: int = Field(10, ge=1, le=1000)
 
 
 @config_dataclass

@@ -42,6 +42,23 @@ def encoder_speed(encoder: torch.nn.Module, length: int, vocab_size: int) -> dic
     }  # fmt: skip
 
 
+def decoding_speed(
+    greedy: Callable[[], int], beam: Callable[[], int], single: Callable[[], int], sentences: int
+) -> dict[str, Any]:
+    """Speed of a translator in fp32 in PyTorch eager on the CPU, weights unpacked as above.
+
+    Each call translates and returns the number of target tokens that it gives out, ``</s>`` included: ``greedy`` and
+    ``beam`` a batch of sentences (tokens/s; only the best hypothesis counts), ``single`` so many ``sentences`` one
+    after the other, by beam search (ms for one; the range is that of all of them together).
+    """
+    speeds = {name: call() / measure(call)[0] for name, call in (("throughput", greedy), ("throughput_beam", beam))}
+    latency, spread = measure(single)
+    return {
+        "latency_ms": 1e3 * latency / sentences, "latency_iqr_ms": 1e3 * spread / sentences, **speeds,
+        "engine": f"pytorch-{torch.__version__}-eager-fp32-cpu", "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
 def example_latency(model: torch.nn.Module, examples: Iterable[torch.Tensor], seconds: float = 1.0) -> float:
     """Mean latency (ms) of single examples, int64 [1, length] without padding, through the whole model as above.
 

@@ -134,9 +134,13 @@ def split_pairs(config: ParallelConfig, corpus: ParallelCorpus) -> dict[str, lis
     return found
 
 
+def normalized(text: str) -> str:
+    """As all text of a parallel corpus is: composed characters, single spaces."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
 def _clean(pair: Pair) -> Pair:
-    source, target = (" ".join(unicodedata.normalize("NFC", side).split()) for side in pair[:2])
-    return Pair(source, target, pair.group)
+    return Pair(normalized(pair.source), normalized(pair.target), pair.group)
 
 
 def _fits(config: ParallelConfig, pair: Pair) -> bool:
@@ -173,6 +177,11 @@ class PairBatch:
     source: np.ndarray
     target: np.ndarray
     labels: np.ndarray
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """The source."""
+        return self.source
 
 
 def batch_of(split: PairSplit, numbers: np.ndarray) -> PairBatch:

@@ -48,6 +48,6 @@ class FactoredEmbedding(nn.Module):
         """int64 [...] -> [..., width]."""
         return self.second(self.first(tokens))
 
-    def project(self, x: Tensor, bias: Tensor) -> Tensor:
-        """[n, width] -> a score for each token, [n, vocabulary], in two multiplications."""
+    def project(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[.., width] -> a score for each token, [.., vocabulary], in two multiplications."""
         return F.linear(x @ self.second.weight, self.first.weight, bias)

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train_then_compress.config import RobertaConfig
 from train_then_compress.config.model import ModelShape
 from train_then_compress.models.dropout import Dropout, drop
 from train_then_compress.models.positions import rotate
@@ -34,6 +33,14 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dr
     if bias is not None:
         scores = scores + bias
     return drop(scores.softmax(dim=-1), dropout) @ value
+
+
+class TokenEmbedding(nn.Embedding):
+    """Token ids to vectors and, tied, vectors to a score for each token (Press & Wolf 2017)."""
+
+    def project(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[.., width] -> [.., vocabulary]."""
+        return F.linear(x, self.weight, bias)
 
 
 class SelfAttention(nn.Module):
@@ -84,12 +91,12 @@ class FeedForward(nn.Module):
 class EncoderLayer(nn.Module):
     """Attention and feed-forward, each with dropout and a residual connection."""
 
-    def __init__(self, config: RobertaConfig):
+    def __init__(self, config: ModelShape, activation: Callable[[Tensor], Tensor] = F.gelu):
         super().__init__()
         self.pre_norm = config.norm == "pre"
         self.attention = SelfAttention(config)
         self.attention_norm = nn.LayerNorm(config.width)
-        self.feed_forward = FeedForward(config.width)
+        self.feed_forward = FeedForward(config.width, activation)
         self.feed_forward_norm = nn.LayerNorm(config.width)
         self.dropout = Dropout(config.dropout)
 

@@ -12,19 +12,11 @@ from train_then_compress.config import RobertaConfig
 from train_then_compress.data.prepare import PAD
 from train_then_compress.models.dropout import Dropout
 from train_then_compress.models.factored import FactoredEmbedding
-from train_then_compress.models.layers import EncoderLayer, Rotation
+from train_then_compress.models.layers import EncoderLayer, Rotation, TokenEmbedding
 from train_then_compress.models.positions import rotary_angles, sinusoidal
 
 #: fairseq and RoBERTa number positions from padding index + 1.
 _FIRST_POSITION = PAD + 1
-
-
-class TokenEmbedding(nn.Embedding):
-    """Token ids to vectors and, tied, vectors to a score for each token (Press & Wolf 2017)."""
-
-    def project(self, x: Tensor, bias: Tensor) -> Tensor:
-        """[n, width] -> [n, vocabulary]."""
-        return F.linear(x, self.weight, bias)
 
 
 class Encoder(nn.Module):

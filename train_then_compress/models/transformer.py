@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from train_then_compress.config.model import TransformerConfig
 from train_then_compress.data.prepare import PAD
 from train_then_compress.models.dropout import Dropout
-from train_then_compress.models.layers import FeedForward, Rotation, SelfAttention, attention
+from train_then_compress.models.factored import FactoredEmbedding
+from train_then_compress.models.layers import EncoderLayer, Rotation, TokenEmbedding, attention
 from train_then_compress.models.positions import rotary_angles, sinusoidal
 
 #: fairseq numbers positions from padding index + 1.
@@ -39,7 +40,7 @@ class Cache:
     """Keys and values of the target positions decoded so far, for ``rows`` hypotheses.
 
     Stored [position, layer, 2, row, head, head_size]: a step writes one position, and another order of the rows is one
-    copy of what is used. Room doubles when it runs out.
+    copy of what is used. Room doubles when it runs out. ``heads``: of the layer that has most of them.
     """
 
     def __init__(self, layers: int, rows: int, heads: int, head_size: int, like: Tensor):
@@ -54,9 +55,10 @@ class Cache:
             self.length += 1
             if self.length > len(self._stored):
                 self._stored = torch.cat([self._stored, torch.empty_like(self._stored)])
-        self._stored[self.length - 1, layer, 0] = key[:, :, 0]
-        self._stored[self.length - 1, layer, 1] = value[:, :, 0]
-        everything = self._stored[: self.length, layer].permute(1, 2, 3, 0, 4)
+        heads = key.shape[1]
+        self._stored[self.length - 1, layer, 0, :, :heads] = key[:, :, 0]
+        self._stored[self.length - 1, layer, 1, :, :heads] = value[:, :, 0]
+        everything = self._stored[: self.length, layer, :, :, :heads].permute(1, 2, 3, 0, 4)
         return everything[0], everything[1]
 
     def select(self, rows: Tensor) -> None:
@@ -91,20 +93,14 @@ class CrossAttention(nn.Module):
         return self.output(mixed.transpose(1, 2).reshape(sentences, count, self.heads * self.head_size))
 
 
-class TransformerLayer(nn.Module):
+class TransformerLayer(EncoderLayer):
     """Self-attention, in the decoder attention to the source, and feed-forward, each with dropout and a residual."""
 
     def __init__(self, config: TransformerConfig, decoder: bool):
-        super().__init__()
-        self.pre_norm = config.norm == "pre"
-        self.attention = SelfAttention(config)
-        self.attention_norm = nn.LayerNorm(config.width)
+        super().__init__(config, F.relu)
         if decoder:
             self.cross_attention = CrossAttention(config)
             self.cross_attention_norm = nn.LayerNorm(config.width)
-        self.feed_forward = FeedForward(config.width, F.relu)
-        self.feed_forward_norm = nn.LayerNorm(config.width)
-        self.dropout = Dropout(config.dropout)
 
     def forward(
         self, x: Tensor, bias: Tensor | None, rotation: Rotation | None,
@@ -164,7 +160,7 @@ class Translator(nn.Module):
     def __init__(self, config: TransformerConfig, vocab_size: int, length: int):
         super().__init__()
         self.config, self.length = config, length
-        self.embedding = nn.Embedding(vocab_size, config.width, padding_idx=PAD)
+        self.embedding: TokenEmbedding | FactoredEmbedding = TokenEmbedding(vocab_size, config.width, PAD)
         if config.positions == "learned":
             self.source_positions = nn.Parameter(torch.empty(length, config.width))
             self.target_positions = nn.Parameter(torch.empty(length, config.width))
@@ -215,7 +211,7 @@ class Translator(nn.Module):
             key, value = layer.cross_attention.remember(encoded)
             x = layer(x, future, rotation, (key, value, source_bias))
         hidden = self.decoder.final_norm(x).flatten(0, 1).index_select(0, where)
-        return F.linear(hidden, self.embedding.weight)
+        return self.embedding.project(hidden)
 
     def remember(self, source: Tensor) -> Memory:
         """Encode sources [sentences, length] for decoding."""
@@ -225,8 +221,9 @@ class Translator(nn.Module):
 
     def new_cache(self, rows: int) -> Cache:
         """An empty cache for so many hypotheses."""
-        first = next(iter(self.decoder)).attention
-        return Cache(len(self.decoder.layers), rows, first.heads, first.head_size, self.embedding.weight)
+        layers = list(self.decoder)
+        heads = max(layer.attention.heads for layer in layers)
+        return Cache(len(layers), rows, heads, layers[0].attention.head_size, layers[0].attention_norm.weight)
 
     def step(self, tokens: Tensor, memory: Memory, cache: Cache) -> Tensor:
         """Logits of the next token, [sentences, hypotheses, vocabulary], after each hypothesis's last token, int64
@@ -239,7 +236,7 @@ class Translator(nn.Module):
         rotation = self._rotation(position, position + 1)
         for number, layer in enumerate(self.decoder):
             x = layer.step(x, number, cache, rotation, (memory.keys[number], memory.values[number], memory.bias))
-        return F.linear(self.decoder.final_norm(x), self.embedding.weight)
+        return self.embedding.project(self.decoder.final_norm(x))
 
 
 def initialize(model: Translator) -> None:

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -49,6 +49,8 @@ class ClassificationTask:
 
     ``seed`` orders the training batches.
     """
+
+    measure: ClassVar[str] = "accuracy"
 
     def __init__(self, config: Config, data: Labelled, seed: int):
         assert isinstance(config.task, TaskSettings)

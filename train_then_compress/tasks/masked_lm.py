@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -17,13 +17,10 @@ from train_then_compress.config import MaskedLMTask as TaskSettings
 from train_then_compress.cost.flops import EVALUATION_MASK_RATE, forward_flops
 from train_then_compress.data.masked import MaskedBatch, Sequences, TrainingBatches, evaluation_batch
 from train_then_compress.data.prepare import PAD, Prepared
-from train_then_compress.evaluation.predictions import IGNORED, perplexity, prediction_facts, prediction_sums
+from train_then_compress.evaluation.predictions import IGNORED, fill_up, perplexity, prediction_facts, prediction_sums
 from train_then_compress.models.roberta import MaskedLM
 from train_then_compress.training import parallel
 from train_then_compress.training.task import Counts, Quality
-
-#: Predictions come in multiples of this: each new number of rows costs milliseconds of kernel compilation (oneDNN).
-_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -51,6 +48,8 @@ class MaskedLMTask:
     Quality is masked-token accuracy (the value recovery looks at); loss and perplexity are among its facts.
     ``seed`` orders and masks the training batches.
     """
+
+    measure: ClassVar[str] = "accuracy"
 
     def __init__(self, config: Config, prepared: Prepared, seed: int):
         assert isinstance(config.data, CorpusConfig) and isinstance(config.task, TaskSettings)
@@ -113,10 +112,8 @@ class MaskedLMTask:
         tokens = batch.tokens[rows]
         where = np.flatnonzero(batch.masked[rows])
         targets = batch.targets[before[rows.start] : before[rows.start + len(tokens)]]
-        fill = (0, -len(where) % _ROWS)
-        where, filled = np.pad(where, fill), np.pad(targets, fill, constant_values=IGNORED)
         padded = bool((tokens[:, -1] == PAD).any())  # padding stands at the end
-        tensors = [torch.from_numpy(array).to(self.device) for array in (tokens, where, filled)]
+        tensors = [torch.from_numpy(array).to(self.device) for array in (tokens, *fill_up(where, targets))]
         return Part(tensors[0], tensors[1], tensors[2], len(targets), padded)
 
     def logits(self, model: nn.Module, part: Part) -> Tensor:

@@ -21,7 +21,10 @@ PLAIN_SECONDS = 15.0
 #: Drawing waits this many times as long as the last drawing took, so that it never takes more than 0.2 % of the time.
 REST = 500
 
-LABELS = {"loss": "loss {:.3f}", "perplexity": "validation perplexity {:.2f}", "accuracy": "validation accuracy {:.2%}"}
+LABELS = {
+    "loss": "loss {:.3f}", "perplexity": "validation perplexity {:.2f}", "accuracy": "validation accuracy {:.2%}",
+    "bleu": "validation BLEU {:.2f}",
+}  # fmt: skip
 
 
 class StageProgress:
@@ -62,8 +65,8 @@ class StageProgress:
     def update(self, fraction: float, **facts: float) -> None:
         """Note how much of the budget is spent, in [0, 1], and the newest facts; draw if it is time to.
 
-        ``loss``, ``perplexity`` and ``accuracy`` (of validation) and ``tokens_per_second`` have words of their own;
-        a fact stays in view until it is given anew.
+        ``loss``, ``perplexity``, ``accuracy`` and ``bleu`` (of validation) and ``tokens_per_second`` have words of
+        their own; a fact stays in view until it is given anew.
         """
         self.fraction = fraction
         self.facts.update(facts)
@@ -75,7 +78,7 @@ class StageProgress:
 
     def listen(self, row: dict[str, Any]) -> None:
         """Take the facts of a metric row (a listener of `MetricsLog`)."""
-        names = ("perplexity", "accuracy") if row["split"] == "validation" else ("loss", "tokens_per_second")
+        names = ("perplexity", "accuracy", "bleu") if row["split"] == "validation" else ("loss", "tokens_per_second")
         self.update(row["progress"], **{name: row[name] for name in names if row.get(name) is not None})
 
     def time_left(self, now: float) -> float | None:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from train_then_compress.config import Teaching
-from train_then_compress.data.prepare import PAD
-from train_then_compress.training.hints import HINTS, STUDENT, TEACHER, outputs_of
+from train_then_compress.training.hints import HINTS, STUDENT, TEACHER, Seen, states_of
 from train_then_compress.training.task import Counts, Quality, Task
 
 #: Among a student's parameters those of its training alone begin with this.
@@ -65,8 +64,7 @@ class Distillation:
     def counts(self, batch: Any) -> Counts:
         """What the task's step costs the student, one forward pass of the teacher, and the products in the hints."""
         own, taught = self.task.counts(batch), self._teachers_task.counts(batch)
-        hints = self.hints.flops(batch.tokens.shape[1]) * batch.tokens.size
-        return Counts(own.flops + taught.flops / 3 + hints, own.tokens)
+        return Counts(own.flops + taught.flops / 3 + self.hints.flops(batch), own.tokens)
 
     def parts(self, batch: Any, rank: int, ranks: int, micro_batch: int) -> Iterator[Any]:
         """The task's."""
@@ -81,20 +79,20 @@ class Distillation:
         taught = self._taught(part)
         if self.teaching.hints != "none":
             model = getattr(model, "_orig_mod", model)  # compiled code would not show its inner states
-        with outputs_of({**self.hints.watched(model, STUDENT), "logits": model}) as seen:
+        with states_of({**self.hints.watched(model, STUDENT), "logits": model}) as seen:
             task_loss, terms = self.task.loss(model, part)
         with torch.autocast(part.tokens.device.type, enabled=False):
-            softened = self._divergence(seen.pop("logits"), taught.pop("logits"), terms)
-            each = self.hints.losses(seen, taught, part.tokens != PAD, self.projections)
+            softened = self._divergence(seen.pop("logits")[1], taught["logits"][1], terms)
+            each = self.hints.losses(seen, taught, part, self.projections)
             hints = (each * part.terms_each).sum()
         alpha = self.teaching.alpha
         return alpha * softened + (1 - alpha) * task_loss + hints, terms
 
-    def _taught(self, part: Any) -> dict[str, Tensor]:
+    def _taught(self, part: Any) -> Seen:
         """What the teacher gives for a piece: its logits and the states that hints are made of."""
         training = self.teacher.training
         self.teacher.eval()
-        with outputs_of({**self.hints.watched(self.teacher, TEACHER), "logits": self.teacher}) as seen, torch.no_grad():
+        with states_of({**self.hints.watched(self.teacher, TEACHER), "logits": self.teacher}) as seen, torch.no_grad():
             self.task.logits(self.teacher, part)
         self.teacher.train(training)
         return seen

@@ -1,7 +1,8 @@
 """What a student may learn from inside its teacher: hidden states, or relations of queries, keys and values.
 
 A hint is a loss for each sequence, the mean over its tokens (padding left out), summed over the layers compared.
-Student and teacher may differ in depth and width.
+Student and teacher may differ in depth and width. The layers of a decoder learn from those of the teacher's decoder, at
+the tokens of the target.
 """
 
 from __future__ import annotations
@@ -17,8 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train_then_compress.config import Teaching
+from train_then_compress.config.parts import in_embedding, reads_target
+from train_then_compress.training.task import text_at, tokens_at
 
 STUDENT, TEACHER = 0, 1
+#: By name, what a module was given first and what it gave.
+Seen = Mapping[str, tuple[Tensor, Tensor]]
 #: The logarithm of what a relation to padding is: its exponential is zero, and differences of two stay finite.
 _NEVER = -1e4
 #: MiniLMv2 splits the 768 (1024) units of its teachers into 48 (64) relation heads.
@@ -26,12 +31,12 @@ _RELATION_HEAD_SIZE = 16
 
 
 @contextmanager
-def outputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """What modules give while the context is open, last, by the names that they have here."""
-    seen: dict[str, Tensor] = {}
+def states_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """What modules are given and give while the context is open, last, by the names that they have here."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keep(name: str, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-        seen[name] = output
+        seen[name] = arguments[0], output
 
     hooks = [module.register_forward_hook(partial(keep, name)) for name, module in modules.items()]
     try:
@@ -41,9 +46,12 @@ def outputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
             hook.remove()
 
 
-def depth_of(model: nn.Module) -> int:
-    """The layers that a model has, whatever pruning has left of them."""
-    return len(list(model.get_submodule("encoder.layers").children()))
+def depths_of(model: nn.Module) -> dict[str, int]:
+    """The layers that an encoder and perhaps a decoder have, whatever pruning has left of them."""
+    return {
+        stack: len(list(module.get_submodule("layers").children())) for stack, module in model.named_children()
+        if stack in ("encoder", "decoder")
+    }  # fmt: skip
 
 
 def layer_pairs(student: int, teacher: int, layer_map: str) -> list[tuple[int, int]]:
@@ -62,25 +70,28 @@ class Hints:
     """No hints, and the form of the others: which modules of both models are watched, and where they should agree."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, teaching: Teaching):
-        self.pairs = layer_pairs(depth_of(student), depth_of(teacher), teaching.layer_map)
+        theirs = depths_of(teacher)
+        #: By name, layers of the student and what they learn from.
+        self.pairs = [
+            (f"{stack}.layers.{mine}", f"{stack}.layers.{its}") for stack, depth in depths_of(student).items()
+            for mine, its in layer_pairs(depth, theirs[stack], teaching.layer_map)
+        ]  # fmt: skip
 
     def watched(self, model: nn.Module, side: int) -> dict[str, nn.Module]:
-        """The modules to be watched, under the same names on both sides (`STUDENT`, `TEACHER`)."""
+        """The modules to be watched, under the same names on both sides (`STUDENT`, `TEACHER`): the student's."""
         return {}
 
     def projections(self, seed: int) -> dict[str, Tensor]:
         """Initial values of the matrices that are learned with the student."""
         return {}
 
-    def flops(self, length: int) -> float:
-        """What the comparison adds to a training step, per position."""
+    def flops(self, batch: Any) -> float:
+        """What the comparison adds to a training step on a batch."""
         return 0.0
 
-    def losses(
-        self, student: dict[str, Tensor], teacher: dict[str, Tensor], real: Tensor, projections: nn.ParameterDict
-    ) -> Tensor:
-        """[sequences], from what the watched modules gave; ``real`` [sequences, length] is false at padding."""
-        return torch.zeros(len(real), device=real.device)
+    def losses(self, student: Seen, teacher: Seen, part: Any, projections: nn.ParameterDict) -> Tensor:
+        """[sequences] of a piece of a batch, from what the watched modules were given and gave."""
+        return torch.zeros(len(part.tokens), device=part.tokens.device)
 
 
 class HiddenHints(Hints):
@@ -91,12 +102,15 @@ class HiddenHints(Hints):
 
     def __init__(self, student: nn.Module, teacher: nn.Module, teaching: Teaching):
         super().__init__(student, teacher, teaching)
-        self.widths = [model.get_parameter("encoder.embedding_norm.weight").numel() for model in (student, teacher)]
+        shapes: list[Any] = [student.config, teacher.config]
+        self.widths = [shape.width for shape in shapes]
+        # The embedding output (after its dropout) is what a first layer is given.
+        self.compared = {f"{stack}.embedding": (f"{stack}.layers.0",) * 2 for stack in depths_of(student)}
+        self.compared |= {pair[STUDENT]: pair for pair in self.pairs}
 
     def watched(self, model: nn.Module, side: int) -> dict[str, nn.Module]:
-        """The embedding output (after its dropout) and layers."""
-        layers = {f"layer{n}": f"encoder.layers.{pair[side]}" for n, pair in enumerate(self.pairs)}
-        return {name: model.get_submodule(path) for name, path in {"embedding": "encoder.dropout", **layers}.items()}
+        """Layers, first ones also for the embedding."""
+        return {name: model.get_submodule(pair[side]) for name, pair in self.compared.items()}
 
     def projections(self, seed: int) -> dict[str, Tensor]:
         """float32 [teacher's width, student's width] each, or none."""
@@ -107,30 +121,31 @@ class HiddenHints(Hints):
         drawn = torch.randn(2, outputs, inputs, generator=generator) / math.sqrt(inputs)
         return {"embedding": drawn[0].clone(), "hidden": drawn[1].clone()}
 
-    def flops(self, length: int) -> float:
+    def flops(self, batch: Any) -> float:
         """The projections, forward and backward."""
         inputs, outputs = self.widths
-        return 0.0 if inputs == outputs else 3 * 2.0 * inputs * outputs * (len(self.pairs) + 1)
+        positions = sum(math.prod(tokens_at(batch, name).shape) for name in self.compared)
+        return 0.0 if inputs == outputs else 3 * 2.0 * inputs * outputs * positions
 
-    def losses(
-        self, student: dict[str, Tensor], teacher: dict[str, Tensor], real: Tensor, projections: nn.ParameterDict
-    ) -> Tensor:
+    def losses(self, student: Seen, teacher: Seen, part: Any, projections: nn.ParameterDict) -> Tensor:
         """As said by the class; the mean over units, too."""
-        total = torch.zeros(len(real), device=real.device)
-        for name, states in student.items():
-            states = states.float()
+        total = super().losses(student, teacher, part, projections)
+        for name in student:
+            which, matrix = (0, "embedding") if in_embedding(name) else (1, "hidden")
+            states, aims = student[name][which].float(), teacher[name][which].float()
             if projections:
-                states = F.linear(states, projections["embedding" if name == "embedding" else "hidden"])
-            total = total + mean_over_tokens((states - teacher[name].float()).square().mean(dim=2), real)
+                states = F.linear(states, projections[matrix])
+            total = total + mean_over_tokens((states - aims).square().mean(dim=2), text_at(part, name))
         return total
 
 
 class RelationHints(Hints):
     """KL divergence of self-attention relations (MiniLMv2, Wang et al. 2021, section 3).
 
-    A token's relation to the others is the softmax of the scaled products of its query with theirs, of its key, of its
-    value. Heads are joined and split anew into as many relation heads as both widths allow, up to one for 16 units of
-    the teacher. Queries and keys are those of the projection: rotary positions come later.
+    A token's relation to the others (in a decoder, to those before it and itself) is the softmax of the scaled products
+    of its query with theirs, of its key, of its value. Heads are joined and split anew into as many relation heads as
+    both widths allow, up to one for 16 units of the teacher. Queries and keys are those of the projection: rotary
+    positions come later.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, teaching: Teaching):
@@ -139,30 +154,34 @@ class RelationHints(Hints):
 
     def watched(self, model: nn.Module, side: int) -> dict[str, nn.Module]:
         """Projections to queries, keys and values."""
-        path = "encoder.layers.{}.attention.query_key_value"
-        return {f"layer{n}": model.get_submodule(path.format(pair[side])) for n, pair in enumerate(self.pairs)}
+        return {pair[STUDENT]: model.get_submodule(f"{pair[side]}.attention.query_key_value") for pair in self.pairs}
 
-    def flops(self, length: int) -> float:
+    def flops(self, batch: Any) -> float:
         """Products of all pairs of positions: of the student forward and backward, of the teacher forward."""
-        return sum(3 * 2.0 * length * (3 * student + teacher) for student, teacher in self.widths)
+        total = 0.0
+        for (name, _), (student, teacher) in zip(self.pairs, self.widths, strict=True):
+            sequences, length = tokens_at(batch, name).shape
+            total += 3 * 2.0 * sequences * length**2 * (3 * student + teacher)
+        return total
 
-    def losses(
-        self, student: dict[str, Tensor], teacher: dict[str, Tensor], real: Tensor, projections: nn.ParameterDict
-    ) -> Tensor:
+    def losses(self, student: Seen, teacher: Seen, part: Any, projections: nn.ParameterDict) -> Tensor:
         """As said by the class: the mean over relation heads, the sum over queries, keys and values."""
-        total = torch.zeros(len(real), device=real.device)
-        for number, widths in enumerate(self.widths):
-            heads, name = relation_heads(*widths), f"layer{number}"
-            for mine, its in zip(student[name].chunk(3, dim=2), teacher[name].chunk(3, dim=2), strict=True):
-                ours, theirs = log_relations(mine, heads, real), log_relations(its, heads, real)
+        total = super().losses(student, teacher, part, projections)
+        for (name, _), widths in zip(self.pairs, self.widths, strict=True):
+            heads, real = relation_heads(*widths), text_at(part, name)
+            related = real[:, None, :].expand(-1, real.shape[1], -1)
+            if reads_target(name):
+                related = related.tril()
+            for mine, its in zip(student[name][1].chunk(3, dim=2), teacher[name][1].chunk(3, dim=2), strict=True):
+                ours, theirs = log_relations(mine, heads, related), log_relations(its, heads, related)
                 divergence = (theirs.exp() * (theirs - ours)).sum(dim=3).mean(dim=1)
                 total = total + mean_over_tokens(divergence, real)
         return total
 
 
-def _attention_width(model: nn.Module, layer: int) -> int:
+def _attention_width(model: nn.Module, layer: str) -> int:
     """The units of a layer's queries, fewer than the model's where heads were pruned."""
-    attention: Any = model.get_submodule(f"encoder.layers.{layer}.attention")
+    attention: Any = model.get_submodule(f"{layer}.attention")
     return int(attention.heads * attention.head_size)
 
 
@@ -172,12 +191,13 @@ def relation_heads(student: int, teacher: int) -> int:
     return max(heads for heads in range(1, most + 1) if student % heads == 0 == teacher % heads)
 
 
-def log_relations(vectors: Tensor, heads: int, real: Tensor) -> Tensor:
-    """[sequences, length, units] -> logarithms of relations [sequences, heads, length, length]."""
+def log_relations(vectors: Tensor, heads: int, related: Tensor) -> Tensor:
+    """[sequences, length, units] -> logarithms of relations [sequences, heads, length, length]; ``related``: bool
+    [sequences, length, length], false where there is none."""
     sequences, length, units = vectors.shape
     split = vectors.float().reshape(sequences, length, heads, units // heads).transpose(1, 2)
     scores = split @ split.transpose(2, 3) / math.sqrt(units // heads)
-    return scores.masked_fill(~real[:, None, None, :], _NEVER).log_softmax(dim=3)
+    return scores.masked_fill(~related[:, None], _NEVER).log_softmax(dim=3)
 
 
 HINTS: dict[str, type[Hints]] = {"none": Hints, "hidden": HiddenHints, "relations": RelationHints}

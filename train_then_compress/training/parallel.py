@@ -38,6 +38,14 @@ def _reduced(values: list[float], device: torch.device | str, operation: dist.Re
     return result
 
 
+def of_all_ranks(values: list[str]) -> list[list[str]]:
+    """Every rank's values, on every rank."""
+    found: list[list[str]] = [values] * ranks()
+    if ranks() > 1:
+        dist.all_gather_object(found, values)
+    return found
+
+
 def sum_gradients(gradients: list[Tensor]) -> None:
     """Add up the ranks' gradients in place, in one message."""
     if ranks() > 1:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor, nn
+
+from train_then_compress.config.parts import reads_target
+from train_then_compress.data.prepare import PAD
 
 
 @dataclass(frozen=True)
@@ -19,24 +22,44 @@ class Counts:
 
 @dataclass(frozen=True)
 class Quality:
-    """The value by which models of a task are compared, and everything else that was measured with it."""
+    """The value by which models of a task are compared, and everything else that was measured with it.
+
+    ``signatures`` say in words how, by a column's name (sacreBLEU's).
+    """
 
     name: str
     value: float
     higher_is_better: bool
     facts: dict[str, float] = field(default_factory=dict)
+    signatures: dict[str, str] = field(default_factory=dict)
 
     def recovers(self, dense: float, target: float) -> bool:
         """Whether the share ``target`` of the dense value is back (or at most 1/target of it, if lower is better)."""
         return self.value >= target * dense if self.higher_is_better else self.value <= dense / target
 
 
+def tokens_at(piece: Any, name: str) -> Any:
+    """The tokens whose positions a module of this name is given, [sequences, length]; ``piece``: of a batch, or all.
+
+    Padding is among them.
+    """
+    return piece.target if reads_target(name) else piece.tokens
+
+
+def text_at(piece: Any, name: str) -> Tensor:
+    """bool [sequences, length]: which positions of `tokens_at` are no padding."""
+    real: Tensor = tokens_at(piece, name) != PAD
+    return real
+
+
 class Task(Protocol):
-    """A source of batches, a loss, and an evaluation.
+    """A source of batches, a loss, and an evaluation. ``measure`` is the name of the value that its quality has.
 
     A piece of a batch has ``tokens`` [sequences, length], ``terms``, the number of its predictions, and ``terms_each``,
-    those of each sequence [sequences].
+    those of each sequence [sequences]; where there is a decoder, ``target`` [sequences, length]: what that reads.
     """
+
+    measure: ClassVar[str]
 
     def with_seed(self, seed: int) -> Self:
         """The same task with its training batches drawn from another seed."""

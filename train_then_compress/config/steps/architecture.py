@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from train_then_compress.config.base import ConfigError, config_dataclass, reject
-from train_then_compress.config.model import RobertaConfig
+from train_then_compress.config.model import ModelConfig
 from train_then_compress.config.steps.base import Phase, Recovery, StepConfig, check_share
 
 Unit = Literal["heads", "ffn", "layers"]
@@ -32,7 +32,7 @@ class Structured(StepConfig):
     calibration_batches: int = Field(16, ge=1)
     recovery: Recovery = Field(default_factory=Recovery)
 
-    def check(self, strength: int, model: RobertaConfig) -> None:
+    def check(self, strength: int, model: ModelConfig) -> None:
         """Per cent above 0 and below 100; something must go, and a layer must stay."""
         check_share(strength, "removing", "of the units")
         share, layers = strength / 100, 1 if self.scope == "layer" else model.depth
@@ -71,7 +71,7 @@ class Svd(StepConfig):
     embeddings: bool = False
     recovery: Recovery = Field(default_factory=Recovery)
 
-    def check(self, strength: int, model: RobertaConfig) -> None:
+    def check(self, strength: int, model: ModelConfig) -> None:
         """Per cent that is kept, above 0 and below 100."""
         check_share(strength, "keeping", "of the weights" if self.rank == "bytes" else "of the squared singular values")
 
@@ -92,7 +92,7 @@ class Exit(StepConfig):
     steps: int = Field(500, ge=1)
     lr_factor: float = Field(1.0, gt=0, le=10)
 
-    def check(self, strength: int, model: RobertaConfig) -> None:
+    def check(self, strength: int, model: ModelConfig) -> None:
         """A confidence in per cent, above 0 and below 100; at least one exit inside the model."""
         if not 0 < strength < 100:
             raise ConfigError(f"recipes: exit{strength}: the confidence must lie between 1 and 99 per cent")

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from train_then_compress.config.base import ConfigError, config_dataclass
-from train_then_compress.config.model import RobertaConfig
+from train_then_compress.config.model import ModelConfig
 
 #: In a recipe these follow each other: what changes shapes, what zeroes weights, what stores them in fewer bits.
 #: ``training`` may stand anywhere before quantization.
@@ -26,9 +26,9 @@ class StepConfig:
     phase: ClassVar[Phase]
     explained: ClassVar[str]
     has_strength: ClassVar[bool] = True
-    tasks: ClassVar[tuple[str, ...]] = ("mlm", "classification")
+    tasks: ClassVar[tuple[str, ...]] = ("mlm", "classification", "translation")
 
-    def check(self, strength: int, model: RobertaConfig) -> None:
+    def check(self, strength: int, model: ModelConfig) -> None:
         """Raise `ConfigError` unless the method takes this strength and fits this model."""
 
     def check_task(self, task: str) -> None:

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from train_then_compress.config.base import ConfigError, config_dataclass, reject
-from train_then_compress.config.model import RobertaConfig
+from train_then_compress.config.model import ModelConfig
 from train_then_compress.config.steps.base import Phase, Recovery, StepConfig, check_share
 
 
@@ -25,7 +25,7 @@ class Prune(StepConfig):
     embeddings: bool = True
     recovery: Recovery = Field(default_factory=Recovery)
 
-    def check(self, strength: int, model: RobertaConfig) -> None:
+    def check(self, strength: int, model: ModelConfig) -> None:
         """Per cent of the original weights, above 0 and below 100."""
         check_share(strength, "pruning")
 
@@ -98,7 +98,7 @@ class Gradual(StepConfig):
     embeddings: bool = True
     training: SparseTraining = Field(default_factory=SparseTraining)
 
-    def check(self, strength: int, model: RobertaConfig) -> None:
+    def check(self, strength: int, model: ModelConfig) -> None:
         """Per cent of the original weights, above 0 and below 100."""
         check_share(strength, "pruning")
         self.training.check("gradual")
@@ -118,7 +118,7 @@ class Movement(StepConfig):
     embeddings: bool = False
     training: MovementTraining = Field(default_factory=MovementTraining)
 
-    def check(self, strength: int, model: RobertaConfig) -> None:
+    def check(self, strength: int, model: ModelConfig) -> None:
         """Per cent of the original weights, above 0 and below 100."""
         check_share(strength, "pruning")
         self.training.check("movement")
@@ -134,7 +134,7 @@ class Wanda(StepConfig):
     embeddings: bool = True
     recovery: Recovery = Field(default_factory=Recovery)
 
-    def check(self, strength: int, model: RobertaConfig) -> None:
+    def check(self, strength: int, model: ModelConfig) -> None:
         """Per cent of the original weights, above 0 and below 100."""
         check_share(strength, "pruning")
 
@@ -154,7 +154,7 @@ class Semi(StepConfig):
     recovery: Recovery = Field(default_factory=Recovery)
     training: MovementTraining = Field(default_factory=MovementTraining)
 
-    def check(self, strength: int, model: RobertaConfig) -> None:
+    def check(self, strength: int, model: ModelConfig) -> None:
         """50 per cent; every matrix has ``model.width`` inputs or four times as many."""
         if strength != 50:
             raise ConfigError(f"recipes: semi{strength}: 2 of every 4 weights are zero: the strength must be 50")

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from train_then_compress.config.base import ConfigError, config_dataclass, reject
-from train_then_compress.config.model import RobertaConfig
+from train_then_compress.config.model import ModelConfig
 from train_then_compress.config.steps.base import Phase, StepConfig
 
 
@@ -26,7 +26,7 @@ class Quant(StepConfig):
     group_size: int = Field(32, ge=2)
     embeddings: bool = True
 
-    def check(self, strength: int, model: RobertaConfig) -> None:
+    def check(self, strength: int, model: ModelConfig) -> None:
         """Bits: 8, 6, 4, 3 or 2; groups must divide the inputs of every matrix that has more."""
         if strength not in (8, 6, 4, 3, 2):
             raise ConfigError(f"recipes: {self.method}{strength}: bits must be one of 8, 6, 4, 3, 2")
@@ -64,7 +64,7 @@ class KMeans(StepConfig):
     embeddings: bool = True
     iterations: int = Field(300, ge=1)
 
-    def check(self, strength: int, model: RobertaConfig) -> None:
+    def check(self, strength: int, model: ModelConfig) -> None:
         """Bits: 2 to 8; groups must divide the inputs of every matrix that has more, and outnumber their codebook."""
         if not 2 <= strength <= 8:
             raise ConfigError(f"recipes: kmeans{strength}: bits must lie between 2 and 8")
@@ -80,7 +80,7 @@ class KMeans(StepConfig):
                          "give fewer bits or larger groups")  # fmt: skip
 
 
-def check_groups(method: str, group_size: int, model: RobertaConfig) -> None:
+def check_groups(method: str, group_size: int, model: ModelConfig) -> None:
     """Groups must divide the inputs of every matrix that has more than one of them; raises `ConfigError`."""
     inputs = (model.width, 4 * model.width)
     if any(n > group_size and n % group_size for n in inputs):
@@ -106,7 +106,7 @@ class Smooth(StepConfig):
     calibration_batches: int = Field(32, ge=1)
     embeddings: bool = True
 
-    def check(self, strength: int, model: RobertaConfig) -> None:
+    def check(self, strength: int, model: ModelConfig) -> None:
         """8 bits only."""
         if strength != 8:
             raise ConfigError(f"recipes: smooth{strength}: bits must be 8, of weights and activations")
@@ -128,7 +128,7 @@ class Lsq(StepConfig):
     max_steps: int = Field(200, ge=1)
     lr_factor: float = Field(0.1, gt=0, le=10)
 
-    def check(self, strength: int, model: RobertaConfig) -> None:
+    def check(self, strength: int, model: ModelConfig) -> None:
         """Bits: 8, 6, 4, 3 or 2; groups must divide the inputs of every matrix that has more."""
         if strength not in (8, 6, 4, 3, 2):
             raise ConfigError(f"recipes: lsq{strength}: bits must be one of 8, 6, 4, 3, 2")
