@@ -32,8 +32,8 @@ OF_A_LAYER = {
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "parties" / "masked_lm.py"
-    spec = importlib.util.spec_from_file_location("masked_lm_parties", path)
+    path = Path(__file__).parents[2] / "benchmarks" / "masked_lm_training.py"
+    spec = importlib.util.spec_from_file_location("masked_lm_training", path)
     assert spec and spec.loader
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
