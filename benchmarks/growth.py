@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from common import record as common
 from common.record import Record
-from parties.masked_lm import trainer_of
+from parties.loops import trainer_of
 
 from train_then_compress.config import Config
 from train_then_compress.cost import machine
@@ -106,19 +106,21 @@ def exponent(values: Sequence[float], costs: Sequence[float]) -> float:
 
 def table(record: Record) -> str:
     """A row for each point, and one for each line of growth."""
-    rows, fits = [], []
+    rows, fits, peaks = [], [], common.peaks(record)
+    dtype = record["settings"]["dtype"]
+    peak = peaks.get(dtype, peaks["fp32"])
     for grown, line in record["growth_of"].items():
         for point in line["points"]:
             speed = point["flops"] / point["seconds"]["median"]
             milliseconds = {name: 1e3 * value for name, value in point["seconds"].items()}
-            share = speed / common.peak(record, record["settings"]["dtype"])
+            share = speed / peak
             rows.append([f"{grown} {point[grown]}", common.spread(milliseconds, ",.2f"), f"{share:.1%}"])
         fits.append([grown, f"{line['exponent']:.2f}", f"{line['expected']:.2f}"])
     base = ", ".join(f"{name} {value}" for name, value in record["settings"]["base"].items())
     return "\n\n".join([
         common.markdown(["grows", "exponent", "expected of FLOPs"], fits),
         common.markdown(["point", "ms a step, median (quartiles)", "of the matmul peak"], rows),
-        f"from {base}; {record['settings']['dtype']}",
+        f"from {base}; {dtype}",
     ])  # fmt: skip
 
 

@@ -26,12 +26,12 @@ from common import fairseq_train
 from common import record as common
 from common.record import Record, Unmeasured
 from common.turns import Party
-from parties.masked_lm import FairseqMaskedLM
-from torch import Tensor, nn
 
 from train_then_compress import sweep
 from train_then_compress.config import Config
+from train_then_compress.data.fairseq_export import export_fairseq
 from train_then_compress.data.prepare import Prepared, prepare
+from train_then_compress.models.fairseq.modules import RobertaAtPlaces
 from train_then_compress.records import read_json
 from train_then_compress.tasks.masked_lm import MaskedLMTask
 from train_then_compress.training.loop import validate
@@ -47,19 +47,6 @@ CONVENTIONS = {
     "lowest that fairseq-train has reached, unless --loss names one",
 }
 _WARM_UP, _LOG_EVERY, _TRIAL_SECONDS = 0.08, 10, 10.0
-
-
-class Renumbered(nn.Module):
-    """fairseq's model called with this project's token ids."""
-
-    def __init__(self, model: FairseqMaskedLM, vocab_size: int):
-        super().__init__()
-        self.model, self.theirs = model, torch.from_numpy(fairseq_train.numbering(vocab_size))
-
-    def forward(self, tokens: Tensor, where: Tensor, padded: bool = True) -> Tensor:
-        """int64 [batch, length], int64 [n] -> logits [n, vocabulary], columns in this project's order."""
-        logits: Tensor = self.model(self.theirs[tokens], where)
-        return logits[:, self.theirs]
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -142,9 +129,9 @@ def fairseq(config: Config, data: Path, task: MaskedLMTask, rate: float, budget:
         seconds = _seconds_between(command, config.runtime.threads)
         # A file that was written a moment ago by our own order: not from outside.
         weights = torch.load(Path(saved) / "checkpoint_last.pt", weights_only=False)["model"]
-    model = FairseqMaskedLM(config.model, task.vocab_size, config.data.sequence_length)
-    model.roberta.load_state_dict(weights)
-    quality = validate(Renumbered(model, task.vocab_size), task, config.runtime)
+    model = RobertaAtPlaces(config.model, task.vocab_size, config.data.sequence_length)
+    model.model.load_state_dict(weights)
+    quality = validate(model, task, config.runtime)
     return {"budget": budget, "seconds": seconds, "updates": updates, "loss": quality.facts["loss"]}
 
 
@@ -169,14 +156,14 @@ def _seconds_between(command: list[str], threads: int) -> float:
 def measure(arguments: argparse.Namespace, calibration: dict[str, float]) -> Record:
     """Every budget with every recipe, from the shortest on."""
     with tempfile.TemporaryDirectory() as directory:
-        data = Path(directory)
+        data = Path(directory) / "data"
         configs, errors = sweep.compose(overrides(arguments, arguments.seconds[0], directory))
         if errors:
             raise Unmeasured("\n".join(errors))
         config = _theirs(configs[0])
         prepared: Prepared = prepare(config.data, Path(arguments.cache))
         task = MaskedLMTask(config, prepared, config.seed)
-        fairseq_train.binarize(prepared, data)
+        export_fairseq(prepared, ("", ""), data)
         speed = updates_per_second(config, data, min(_TRIAL_SECONDS, arguments.seconds[0]))
         runs: dict[str, list[Record]] = {}
         for seconds in sorted(arguments.seconds):
@@ -185,8 +172,7 @@ def measure(arguments: argparse.Namespace, calibration: dict[str, float]) -> Rec
                 taken = fairseq(config, data, task, rate, seconds, max(2, round(speed * seconds)))
                 runs.setdefault(f"{FAIRSEQ}, rate {rate:g}", []).append(taken)
     loss = arguments.loss or min(run["loss"] for name, taken in runs.items() if name != OURS for run in taken)
-    corpus = {name: prepared.record[name] for name in ("corpus", "id", "vocab_size", "sources", "licence")}
-    return {"corpus": corpus, "runs": runs, "loss": loss,
+    return {"corpus": common.corpus_facts(prepared), "runs": runs, "loss": loss,
             "time_to": {name: time_to(loss, taken) for name, taken in runs.items()}}  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What fairseq-train reads, is told, and says: a text as `fairseq-preprocess` leaves it, the command, its log."""
+"""fairseq-train: its command, and what its log says."""
 
 from __future__ import annotations
 
@@ -8,34 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from train_then_compress.config import Config
 
-from train_then_compress.data.prepare import EOS, MASK, Prepared
-
-
-def numbering(vocab_size: int) -> np.ndarray:
-    """int64 [vocab_size]: fairseq's number of each token. Its masked LM puts ``<mask>`` behind all words."""
-    numbers = np.arange(vocab_size)
-    numbers[MASK + 1 :] -= 1
-    numbers[MASK] = vocab_size - 1
-    return numbers
-
-
-def binarize(prepared: Prepared, directory: Path) -> None:
-    """Write ``dict.txt`` and the training split, a sentence an item, as fairseq's masked LM reads them.
-
-    The same tokens in the same order; a document's end is an item with ``</s>`` alone, as an empty line gives it.
-    """
-    from fairseq.data.indexed_dataset import MMapIndexedDataset, best_fitting_int_dtype
-
-    symbols = "".join(f"token{number} 1\n" for number in range(MASK + 1, prepared.vocab_size))
-    (directory / "dict.txt").write_text(symbols)
-    dtype = best_fitting_int_dtype(prepared.vocab_size)
-    tokens = numbering(prepared.vocab_size)[prepared.tokens("train")]
-    ends = np.flatnonzero(tokens == EOS) + 1
-    (directory / "train.bin").write_bytes(tokens[: ends[-1]].astype(dtype).tobytes())
-    with MMapIndexedDataset.Index.writer(str(directory / "train.idx"), dtype) as index:
-        index.write(np.diff(ends, prepend=0).tolist())
+RATE = 1e-4
 
 
 def command(data: Path, flags: list[str], settings: dict[str, Any]) -> list[str]:
@@ -44,8 +19,23 @@ def command(data: Path, flags: list[str], settings: dict[str, Any]) -> list[str]
     return [sys.executable, "-m", "fairseq_cli.train", str(data), *flags, *words, "--log-format", "json"]
 
 
+def without_end(config: Config, data: Path, flags: list[str], settings: dict[str, Any], interval: int) -> list[str]:
+    """The command of a training like ours, for its speed: nothing is validated or saved."""
+    optimizer, is_cpu = config.optimizer, config.runtime.device == "cpu"
+    flags = [*flags, "--no-save", "--disable-validation"]
+    flags += ["--cpu"] if is_cpu else ["--bf16"] * (config.runtime.dtype == "bf16")
+    return command(data, flags, settings | {
+        "optimizer": "adam", "adam-betas": (optimizer.beta1, optimizer.beta2), "adam-eps": optimizer.eps,
+        "weight-decay": optimizer.weight_decay, "clip-norm": optimizer.clip, "lr-scheduler": "fixed", "lr": RATE,
+        "seed": config.seed, "max-update": int(config.budget.value), "log-interval": interval,
+    })  # fmt: skip
+
+
 def tokens_of(interval: int) -> Callable[[str], float | None]:
-    """Reads the log: the tokens of so many updates, which are ``--log-interval``, or None for another line."""
+    """Reads the log: the tokens of so many updates, which are ``--log-interval``, or None for another line.
+
+    Those of a translation are the target's.
+    """
 
     def read(line: str) -> float | None:
         _, found, stats = line.partition("| train_inner | ")

@@ -21,6 +21,7 @@ import torch
 from train_then_compress.config import ConfigError
 from train_then_compress.cost import machine
 from train_then_compress.data.corpora import CorpusError
+from train_then_compress.data.prepare import Tokenized
 from train_then_compress.records import Busy, write_json
 
 Record = dict[str, Any]
@@ -110,9 +111,10 @@ def run(main: Callable[[Sequence[str]], Record]) -> None:
         sys.exit(f"error: {error}")
 
 
-def peak(record: Record, dtype: str) -> float:
-    """FLOP/s of a matrix multiplication in a dtype: the faster of the calibrations before and after."""
-    return max(record["calibration"][when][dtype] for when in ("before", "after"))
+def peaks(record: Record) -> dict[str, float]:
+    """FLOP/s of a matrix multiplication by dtype: the faster of the calibrations before and after."""
+    before, after = (record["calibration"][when] for when in ("before", "after"))
+    return {dtype: max(speed, after[dtype]) for dtype, speed in before.items()}
 
 
 def quartiles(values: Sequence[float] | np.ndarray) -> dict[str, float]:
@@ -144,6 +146,11 @@ def conditions(record: Record) -> str:
         f"{record['machine']['cpu']}, {record['machine']['threads']} threads{beside}; GFLOP/s of a 1024^3 matrix "
         f"multiplication before and after: {calibration}; {versions}", f"`{record['command']}`",
     ])  # fmt: skip
+
+
+def corpus_facts(prepared: Tokenized) -> Record:
+    """What a record says of its text."""
+    return {name: prepared.record[name] for name in ("corpus", "id", "vocab_size", "sources", "licence")}
 
 
 def found_versions() -> dict[str, str]:

@@ -23,7 +23,7 @@ def conduct(record: ModuleType, *argv: str) -> dict[str, Any]:
     arguments = record.parse(record.options("what"), argv, {}, ())
 
     def measure(given: Any, calibration: dict[str, float]) -> dict[str, Any]:
-        assert given is arguments and calibration.keys() == {"fp32", "bf16"}
+        assert given is arguments and calibration["fp32"] > 0
         return {"answer": 42}
 
     found: dict[str, Any] = record.conduct("/there/some.py", argv, arguments, {}, measure, lambda r: f"{r['answer']}")
@@ -40,7 +40,7 @@ def test_what_is_measured_stands_with_its_conditions(
     assert found["command"] == "python benchmarks/some.py --quick --threads 1 --not-alone"
     assert found["settings"] == {"quick": True, "threads": 1} and found["machine"]["threads"] == 1
     assert {"torch", "python", "train-then-compress"} < found["versions"].keys()
-    fastest = record.peak(found, "fp32")
+    fastest = record.peaks(found)["fp32"]
     assert fastest == max(found["calibration"][when]["fp32"] for when in ("before", "after")) > 0
     text = out.with_suffix(".md").read_text()
     assert text.startswith("42\n\n") and "run beside others" in text and f"`{found['command']}`" in text

@@ -7,9 +7,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
-
-from train_then_compress.config import RobertaConfig
 
 pytest.importorskip("fairseq")
 
@@ -17,19 +14,6 @@ pytest.importorskip("fairseq")
 @pytest.fixture(scope="module")
 def benchmark(benchmarks: Path) -> ModuleType:
     return importlib.import_module("time_to_quality")
-
-
-def test_fairseqs_model_is_called_with_its_own_numbers(benchmark: ModuleType) -> None:
-    """A token's logit, and the vector it is looked up by, stand in the row that fairseq-train has given it."""
-    config = RobertaConfig(depth=1, width=32, head_size=16)
-    theirs = benchmark.FairseqMaskedLM(config, 40, 8).eval()
-    model = benchmark.Renumbered(theirs, 40)
-    tokens = torch.tensor([[0, 4, 5, 39, 17, 2, 1, 1]])  # <s> <mask> first .. last, </s>, padding
-    known = torch.tensor([[0, 39, 4, 38, 16, 2, 1, 1]])
-    where = torch.tensor([1, 2])
-    expected, found = theirs(known, where), model(tokens, where)
-    order = [0, 1, 2, 3, 39, *range(4, 39)]
-    assert torch.equal(found, expected[:, order])
 
 
 @pytest.mark.parametrize(("loss", "seconds"), [(6.0, 10.0), (5.0, 10.0), (4.5, 20.0), (4.0, 40.0), (3.9, None)])
