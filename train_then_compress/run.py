@@ -234,6 +234,7 @@ class Run:
         """What the recipe's stages cost together."""
         records = [record for key in chain if (record := self.directory.stage_record(key))]
         clocks = {f"compress_{name}": sum(r["clock"][name] for r in records) for name in ("steps", "flops", "tokens")}
+        clocks["compress_flops"] += sum(r.get("decoding", {}).get("flops", 0) for r in records)
         calibration = sum(r.get("calibration_tokens", 0) for r in records)
         seconds = sum(r["seconds"] for r in records)
         return {"compress_seconds": seconds, **clocks, "compress_calibration_tokens": calibration}

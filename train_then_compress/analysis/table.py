@@ -74,7 +74,7 @@ COLUMNS: dict[str, str] = {
     "compress_seconds": "training-step and quantizer time of the whole recipe, seconds",
     "compress_steps": "optimizer steps of recovery training, whole recipe",
     "compress_tokens": "tokens seen in recovery training, whole recipe",
-    "compress_flops": "FLOPs of recovery training, whole recipe",
+    "compress_flops": "FLOPs of recovery training and of decoding targets to learn (seqdistill), whole recipe",
     "compress_calibration_tokens": "tokens that calibration looked at, whole recipe",
     "train_seconds": "training-step time spent by pretraining, seconds",
     "train_steps": "optimizer steps of pretraining",

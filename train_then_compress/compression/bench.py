@@ -26,12 +26,13 @@ from train_then_compress.training.task import Quality, Task
 
 @dataclass
 class Ledger:
-    """What a stage has cost so far: its training, and calibration tokens.
+    """What a stage has cost so far: its training, calibration tokens, and a teacher's decoding of targets to learn.
 
-    ``elsewhere``: wall-clock seconds spent on training (the clock counts its steps) and on evaluation (free).
+    ``elsewhere``: wall-clock seconds spent on what has a clock (training and decoding) and on evaluation (free).
     """
 
     clock: Clock = field(default_factory=Clock)
+    decoding: Clock = field(default_factory=Clock)
     elsewhere: float = 0.0
     calibration_tokens: int = 0
 

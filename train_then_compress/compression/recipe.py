@@ -51,8 +51,10 @@ def _record(compressed: Compressed, bench: Bench, wall: float) -> None:
         directory = bench.run.stage(key)
         atomic_write(directory / "model.safetensors", pack(compressed, torch.float32, {"stage": key.directory}))
         record = {
-            "stage": key.name, "id": key.id, "seconds": ledger.clock.seconds + wall - ledger.elsewhere,
-            "clock": ledger.clock.facts(), "calibration_tokens": ledger.calibration_tokens,
+            "stage": key.name, "id": key.id,
+            "seconds": ledger.clock.seconds + ledger.decoding.seconds + wall - ledger.elsewhere,
+            "clock": ledger.clock.facts(), "decoding": ledger.decoding.facts(),
+            "calibration_tokens": ledger.calibration_tokens,
             "settings": dataclasses.asdict(key.step.config) if key.step else {},
         }  # fmt: skip
         write_json(directory / "record.json", record)

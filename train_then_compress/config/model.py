@@ -11,13 +11,17 @@ from train_then_compress.config.base import config_dataclass, reject
 
 @config_dataclass
 class ModelShape:
-    """What every Transformer has: layers of ``width`` units, FFN of ``4 * width``."""
+    """What every Transformer has: layers of ``width`` units, FFN of ``4 * width``.
+
+    ``impl``: whose code computes; ``fairseq`` holds the same parameters under the same names.
+    """
 
     width: int = Field(768, ge=2, le=16384)
     head_size: int = Field(64, ge=2)
     positions: Literal["learned", "sinusoidal", "rotary"] = "learned"
     norm: Literal["pre", "post"] = "pre"
     dropout: float = Field(0.0, ge=0, lt=1)
+    impl: Literal["native", "fairseq"] = "native"
 
     @property
     def heads(self) -> int:
@@ -41,6 +45,11 @@ class RobertaConfig(ModelShape):
 
     name: Literal["roberta"] = "roberta"
     depth: int = Field(12, ge=1, le=48)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Layers of the encoder."""
+        return (self.depth,)
 
     @property
     def depth_name(self) -> str:
@@ -79,9 +88,14 @@ class TransformerConfig(ModelShape):
         return self.decoder_depth or self.depth
 
     @property
+    def depths(self) -> tuple[int, ...]:
+        """Layers of the encoder and of the decoder."""
+        return self.encoder_layers, self.decoder_layers
+
+    @property
     def depth_name(self) -> str:
         """As it stands in a run's name: one number, or the encoder's and the decoder's where they differ."""
-        return ".".join(map(str, dict.fromkeys([self.encoder_layers, self.decoder_layers])))
+        return ".".join(map(str, dict.fromkeys(self.depths)))
 
     def matrix_weights(self, vocab_size: int) -> int:
         """Weights in matrices: 12 width^2 an encoder layer, 16 width^2 a decoder layer, the embedding."""

@@ -1,7 +1,9 @@
-"""Decoding of translations: beam search, batched, with caches."""
+"""Decoding of translations: beam search, batched, with caches; what every way to decode shares."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +18,18 @@ _FORBIDDEN = [BOS, PAD, MASK]
 
 @dataclass(frozen=True)
 class Decoding:
-    """How to decode: ``beam`` 1 is greedy. A translation has at most ``max_ratio`` x source tokens + ``max_extra``."""
+    """How to decode: ``beam`` 1 is greedy. A translation has at most ``max_ratio`` x source tokens + ``max_extra``, and
+    at least one."""
 
     beam: int = 5
     length_penalty: float = 1.0
     max_ratio: float = 1.5
     max_extra: int = 10
+
+    def room(self, source: Tensor, model: Translator) -> Tensor:
+        """The most tokens, without ``</s>``, of each source's translation, int64 [sentences]."""
+        longest = (source != PAD).sum(dim=1) * self.max_ratio + self.max_extra
+        return longest.long().clamp(1, model.length - 1)
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,37 @@ class Hypothesis:
     score: float
 
 
+@contextmanager
+def inference(*models: Translator) -> Iterator[None]:
+    """Models in evaluation mode, and nothing recorded for gradients."""
+    training = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        with torch.inference_mode():
+            yield
+    finally:
+        for model, was_training in zip(models, training, strict=True):
+            model.train(was_training)
+
+
+def precise(logits: Tensor) -> Tensor:
+    """At least float32."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def forbid(logits: Tensor, first: bool) -> None:
+    """Rule out, in place, what is never said at a position, [..., vocabulary]; a translation is never empty."""
+    logits[..., [*_FORBIDDEN, EOS] if first else _FORBIDDEN] = -torch.inf
+
+
+def force_end(logits: Tensor, where: Tensor) -> None:
+    """Leave, in place, ``</s>`` alone ``where``, a mask of the dimensions before the vocabulary, is true."""
+    ends = logits[..., EOS].clone()
+    logits.masked_fill_(where[..., None], -torch.inf)
+    logits[..., EOS] = ends
+
+
 class _Beams:
     """The unfinished sentences of a batch: which they are, their hypotheses' tokens and total log-probabilities."""
 
@@ -39,61 +78,59 @@ class _Beams:
         self.model, self.decoding, self.beam = model, decoding, decoding.beam
         self.memory = model.remember(source)
         sentences = len(source)
-        self.cache = model.new_cache(sentences * self.beam)
-        self.numbers = torch.arange(sentences)
-        self.tokens = torch.full((sentences, self.beam, 1), EOS)
-        self.totals = torch.zeros(sentences, self.beam)
-        longest = (source != PAD).sum(dim=1) * decoding.max_ratio + decoding.max_extra
-        self.room = longest.long().clamp(max=model.length - 1)
+        self.cache = model.new_cache(sentences)
+        self.numbers = list(range(sentences))
+        self.tokens = source.new_full((sentences, 1, 1), EOS)  # one hypothesis at first
+        self.totals = precise(self.memory.bias.new_zeros(sentences, 1))
+        self.room = decoding.room(source, model)
         self.finished: list[list[Hypothesis]] = [[] for _ in range(sentences)]
 
     def step(self) -> None:
         """Extend every hypothesis by a token, put aside those that end, drop sentences that have enough."""
-        length = self.tokens.shape[2]  # of a translation that ends now, </s> included
+        sentences, hypotheses, length = self.tokens.shape  # length: of a translation that ends now, </s> included
         scores, parents, words = self._candidates(length)
         ends = (words == EOS) & scores.isfinite()
         self._put_aside(ends[:, : self.beam], scores, parents, length)
         # Of 2 x beam candidates at most beam end: the best beam of the others go on, in their order. (A beam wider than
-        # what can follow is filled up with candidates that are worth nothing.)
+        # what can follow has fewer, or some that are worth nothing.)
         going_on = ends.to(torch.uint8).argsort(dim=1, stable=True)[:, : self.beam]
         scores = scores.masked_fill(ends, -torch.inf)
         scores, parents, words = (t.gather(1, going_on) for t in (scores, parents, words))
-        left = torch.tensor([
-            i for i, number in enumerate(self.numbers.tolist())
-            if len(self.finished[number]) < self.beam and length <= int(self.room[i])
-        ], dtype=torch.long)  # fmt: skip
-        rows = (left[:, None] * self.beam + parents[left]).flatten()
-        if len(left):
-            self.cache.select(rows)
-        if len(left) < len(self.numbers):
-            self.memory = self.memory.select(left)
-        past = self.tokens.flatten(0, 1).index_select(0, rows).view(len(left), self.beam, length)
-        self.tokens = torch.cat([past, words[left][:, :, None]], dim=2)
-        self.numbers, self.totals, self.room = self.numbers[left], scores[left], self.room[left]
+        rows = torch.arange(sentences, device=parents.device)[:, None] * hypotheses + parents
+        left = [
+            i for i, (number, room) in enumerate(zip(self.numbers, self.room.tolist(), strict=True))
+            if len(self.finished[number]) < self.beam and length <= room
+        ]  # fmt: skip
+        self.numbers = [self.numbers[i] for i in left]
+        if not left:
+            return
+        if len(left) < sentences:
+            chosen = torch.tensor(left, dtype=torch.int64, device=rows.device)
+            rows, words, scores, self.room = (t.index_select(0, chosen) for t in (rows, words, scores, self.room))
+            self.memory = self.memory.select(chosen)
+        self.cache.select(rows.flatten())
+        past = self.tokens.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape, length)
+        self.tokens = torch.cat([past, words[:, :, None]], dim=2)
+        self.totals = scores
 
     def _candidates(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """The best 2 x beam continuations of each sentence: total log-probability, hypothesis, token; each
         [sentences, 2 x beam], best first."""
-        logits = self.model.step(self.tokens[:, :, -1], self.memory, self.cache).float()
+        logits = precise(self.model.step(self.tokens[:, :, -1], self.memory, self.cache))
         norm = logits.logsumexp(dim=2, keepdim=True)
-        logits[:, :, _FORBIDDEN if length > 1 else [*_FORBIDDEN, EOS]] = -torch.inf  # never an empty translation
-        must_end = length > self.room
-        if must_end.any():
-            only_end = torch.full_like(logits[must_end], -torch.inf)
-            only_end[:, :, EOS] = logits[must_end][:, :, EOS]
-            logits[must_end] = only_end
+        forbid(logits, first=length == 1)
+        if bool((must_end := length > self.room).any()):
+            force_end(logits, must_end[:, None])
         # The best 2 x beam of a sentence are among the best 2 x beam of each of its hypotheses.
         best, words = logits.topk(min(2 * self.beam, logits.shape[2] - len(_FORBIDDEN)), dim=2)
         totals = self.totals[:, :, None] + (best - norm)
-        if length == 1:
-            totals[:, 1:] = -torch.inf  # all hypotheses are still the same
-        width = words.shape[2]
-        scores, places = totals.flatten(1).topk(min(2 * self.beam, self.beam * width), dim=1)
+        _, hypotheses, width = words.shape
+        scores, places = totals.flatten(1).topk(min(2 * self.beam, hypotheses * width), dim=1)
         return scores, places // width, words.flatten(1).gather(1, places)
 
     def _put_aside(self, ends: Tensor, scores: Tensor, parents: Tensor, length: int) -> None:
         for i, column in ends.nonzero().tolist():
-            found = self.finished[int(self.numbers[i])]
+            found = self.finished[self.numbers[i]]
             if len(found) < self.beam:
                 tokens = self.tokens[i, parents[i, column], 1:].tolist()
                 found.append(Hypothesis(tokens, float(scores[i, column]) / length**self.decoding.length_penalty))
@@ -105,11 +142,13 @@ def beam_search(model: Translator, source: Tensor, decoding: Decoding) -> list[l
     A sentence is finished once ``beam`` hypotheses have ended while they were among its best ``beam``, or at its
     greatest length (fairseq's SequenceGenerator); it then leaves the batch.
     """
-    training = model.training
-    model.eval()
-    with torch.inference_mode():
+    with inference(model):
         beams = _Beams(model, source, decoding)
-        while len(beams.numbers):
+        while beams.numbers:
             beams.step()
-    model.train(training)
-    return [sorted(found, key=lambda hypothesis: -hypothesis.score) for found in beams.finished]
+    return [best_first(found) for found in beams.finished]
+
+
+def best_first(hypotheses: list[Hypothesis]) -> list[Hypothesis]:
+    """Sorted by score; of equals the one that was found first."""
+    return sorted(hypotheses, key=lambda hypothesis: -hypothesis.score)

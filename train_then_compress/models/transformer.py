@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from train_then_compress.config.model import TransformerConfig
 from train_then_compress.data.prepare import PAD
+from train_then_compress.models.cache import Cache, Memory, RaggedCache
 from train_then_compress.models.dropout import Dropout
 from train_then_compress.models.factored import FactoredEmbedding
 from train_then_compress.models.layers import EncoderLayer, Rotation, TokenEmbedding, attention
@@ -19,53 +19,6 @@ from train_then_compress.models.positions import rotary_angles, sinusoidal
 
 #: fairseq numbers positions from padding index + 1.
 _FIRST_POSITION = PAD + 1
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What the decoder needs of the encoded sources, computed once: each layer's keys and values, [sentences, heads,
-    length, head_size], and ``bias`` [sentences, 1, 1, length], minus infinity at padding."""
-
-    keys: list[Tensor]
-    values: list[Tensor]
-    bias: Tensor
-
-    def select(self, sentences: Tensor) -> Memory:
-        """That of some of the sentences, int64 [n]."""
-        keys, values = ([t.index_select(0, sentences) for t in tensors] for tensors in (self.keys, self.values))
-        return Memory(keys, values, self.bias.index_select(0, sentences))
-
-
-class Cache:
-    """Keys and values of the target positions decoded so far, for ``rows`` hypotheses.
-
-    Stored [position, layer, 2, row, head, head_size]: a step writes one position, and another order of the rows is one
-    copy of what is used. Room doubles when it runs out. ``heads``: of the layer that has most of them.
-    """
-
-    def __init__(self, layers: int, rows: int, heads: int, head_size: int, like: Tensor):
-        self.length = 0
-        self._stored = like.new_empty(16, layers, 2, rows, heads, head_size)
-
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a position's ``key`` and ``value`` [rows, heads, 1, head_size]; returns all so far, [rows, heads, n,
-        head_size]. Layer 0 begins a new position.
-        """
-        if layer == 0:
-            self.length += 1
-            if self.length > len(self._stored):
-                self._stored = torch.cat([self._stored, torch.empty_like(self._stored)])
-        heads = key.shape[1]
-        self._stored[self.length - 1, layer, 0, :, :heads] = key[:, :, 0]
-        self._stored[self.length - 1, layer, 1, :, :heads] = value[:, :, 0]
-        everything = self._stored[: self.length, layer, :, :, :heads].permute(1, 2, 3, 0, 4)
-        return everything[0], everything[1]
-
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows, int64 [n], in this order; a row may be taken more than once."""
-        old = self._stored
-        self._stored = old.new_empty(*old.shape[:3], len(rows), *old.shape[4:])
-        torch.index_select(old[: self.length], 3, rows, out=self._stored[: self.length])
 
 
 class CrossAttention(nn.Module):
@@ -115,14 +68,18 @@ class TransformerLayer(EncoderLayer):
     def step(
         self, x: Tensor, layer: int, cache: Cache, rotation: Rotation | None, source: tuple[Tensor, Tensor, Tensor]
     ) -> Tensor:
-        """One more target position of each hypothesis: ``x`` [sentences, hypotheses, width] -> the same."""
-        sentences, hypotheses, width = x.shape
+        """One more target position of each hypothesis, or several of a sentence's only one: ``x`` [sentences,
+        hypotheses or positions, width] -> the same."""
+        sentences, count, width = x.shape
 
         def attend(y: Tensor) -> Tensor:
-            query, key, value = self.attention.project(y.view(sentences * hypotheses, 1, width), rotation)
+            query, key, value = self.attention.project(y.view(cache.rows, -1, width), rotation)
             keys, values = cache.append(layer, key, value)
-            weights = ((query * query.shape[3] ** -0.5) @ keys.transpose(2, 3)).softmax(dim=-1)
-            return self.attention.output((weights @ values).view(sentences, hypotheses, -1))
+            scores = (query * query.shape[3] ** -0.5) @ keys.transpose(2, 3)
+            if cache.bias is not None:
+                scores = scores + cache.bias
+            mixed = scores.softmax(dim=-1) @ values
+            return self.attention.output(mixed.transpose(1, 2).reshape(sentences, count, -1))
 
         x = self._residual(x, self.attention_norm, attend)
         x = self._residual(x, self.cross_attention_norm, lambda y: self.cross_attention(y, *source))
@@ -221,19 +178,29 @@ class Translator(nn.Module):
 
     def new_cache(self, rows: int) -> Cache:
         """An empty cache for so many hypotheses."""
+        return Cache(rows, *self._cache_shape())
+
+    def new_ragged_cache(self, rows: int) -> RaggedCache:
+        """An empty cache for so many sentences, each with one hypothesis."""
+        return RaggedCache(rows, *self._cache_shape())
+
+    def _cache_shape(self) -> tuple[list[int], int, Tensor]:
         layers = list(self.decoder)
-        heads = max(layer.attention.heads for layer in layers)
-        return Cache(len(layers), rows, heads, layers[0].attention.head_size, layers[0].attention_norm.weight)
+        heads = [layer.attention.heads for layer in layers]
+        return heads, layers[0].attention.head_size, layers[0].attention_norm.weight
 
     def step(self, tokens: Tensor, memory: Memory, cache: Cache) -> Tensor:
         """Logits of the next token, [sentences, hypotheses, vocabulary], after each hypothesis's last token, int64
-        [sentences, hypotheses]; those before it are in the cache."""
-        position = cache.length
+        [sentences, hypotheses]; those before it are in the cache. With a `RaggedCache`: after each of a sentence's
+        last tokens, int64 [sentences, positions]."""
+        positions = cache.begin(tokens)
         table = self._table("target")
         x = self.embedding(tokens) * math.sqrt(self.config.width)
         if table is not None:
-            x = x + table[position]
-        rotation = self._rotation(position, position + 1)
+            x = x + table[positions]
+        rotation = None
+        if self.config.positions == "rotary":
+            rotation = self.cosine[positions][:, None], self.sine[positions][:, None]
         for number, layer in enumerate(self.decoder):
             x = layer.step(x, number, cache, rotation, (memory.keys[number], memory.values[number], memory.bias))
         return self.embedding.project(self.decoder.final_norm(x))

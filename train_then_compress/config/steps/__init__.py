@@ -19,15 +19,17 @@ from train_then_compress.config.steps.pruning import (
     Wanda,
 )
 from train_then_compress.config.steps.quantization import Gptq, KMeans, Lsq, Quant, Smooth
-from train_then_compress.config.steps.training import Distill
+from train_then_compress.config.steps.training import Distill, SeqDistill
 
 __all__ = [
     "STEPS", "Distill", "Exit", "Gptq", "Gradual", "KMeans", "Lsq", "Movement", "MovementTraining", "OneShot",
-    "Prune", "Quant", "Recovery", "Semi", "Smooth", "SparseTraining", "StepConfig", "Structured", "Svd", "Wanda",
+    "Prune", "Quant", "Recovery", "Semi", "SeqDistill", "Smooth", "SparseTraining", "StepConfig", "Structured", "Svd",
+    "Wanda",
 ]  # fmt: skip
 
 STEPS: dict[str, type[StepConfig]] = {
     "quant": Quant, "kmeans": KMeans, "gptq": Gptq, "smooth": Smooth, "lsq": Lsq, "prune": Prune,
     "oneshot": OneShot, "gradual": Gradual, "movement": Movement, "wanda": Wanda, "semi": Semi,
     "structured": Structured, "svd": Svd, "exit": Exit, "distill": Distill,
+    "seqdistill": SeqDistill,
 }  # fmt: skip

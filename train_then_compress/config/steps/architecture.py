@@ -20,11 +20,13 @@ class Structured(StepConfig):
     ``importance``: ``taylor``, how fast the loss changes with a gate on the unit, on ``calibration_batches`` training
     batches (Molchanov et al. 2019, equation 8; Michel et al. 2019, section 4.1), or ``magnitude``, the norm of its
     weights. ``scope``: the same share of heads and FFN units in each layer (``layer``), or the least important of all
-    layers (``global``). Shares are of the original numbers; every layer keeps a head and an FFN unit.
+    layers (``global``). Shares are of the original numbers; every attention keeps a head, every layer an FFN unit. An
+    encoder and a decoder lose the same share of their layers.
     """
 
     phase: ClassVar[Phase] = "architecture"
     explained: ClassVar[str] = "structuredP: P % of heads and FFN units (or layers) removed, step by step"
+    impls: ClassVar[tuple[str, ...]] = ("native",)
     units: list[Unit] = Field(default_factory=lambda: list[Unit](("heads", "ffn")), min_length=1)
     importance: Literal["taylor", "magnitude"] = "taylor"
     scope: Literal["layer", "global"] = "layer"
@@ -35,17 +37,18 @@ class Structured(StepConfig):
     def check(self, strength: int, model: ModelConfig) -> None:
         """Per cent above 0 and below 100; something must go, and a layer must stay."""
         check_share(strength, "removing", "of the units")
-        share, layers = strength / 100, 1 if self.scope == "layer" else model.depth
+        share, layers = strength / 100, 1 if self.scope == "layer" else sum(model.depths)
         removed = {
             "heads": min(round(share * model.heads * layers), (model.heads - 1) * layers),
-            "ffn": round(share * 4 * model.width * layers), "layers": round(share * model.depth),
-        }  # fmt: skip
-        if "layers" in self.units and removed["layers"] == model.depth:
+            "ffn": round(share * 4 * model.width * layers),
+            "layers": sum(round(share * depth) for depth in model.depths),
+        }
+        if "layers" in self.units and any(round(share * depth) == depth for depth in model.depths):
             raise reject("steps.structured.units", self.units, f"structured{strength} would remove every layer of "
-                         f"model.depth={model.depth}; at least one must stay")  # fmt: skip
+                         f"model.depth={model.depth_name}; at least one must stay")  # fmt: skip
         if not any(removed[unit] for unit in self.units):
             raise reject("steps.structured.units", self.units, f"structured{strength} rounds to no unit of this model: "
-                         f"{model.heads} heads a layer, model.depth={model.depth}")  # fmt: skip
+                         f"{model.heads} heads a layer, model.depth={model.depth_name}")  # fmt: skip
 
     def increments(self, strength: int) -> list[int]:
         """15, 30, .. up to ``strength``: one chain for every target."""
@@ -65,6 +68,7 @@ class Svd(StepConfig):
 
     phase: ClassVar[Phase] = "architecture"
     explained: ClassVar[str] = "svdP: linear layers as two of low rank, P % of their weights"
+    impls: ClassVar[tuple[str, ...]] = ("native",)
     rank: Literal["bytes", "energy"] = "bytes"
     weighting: Literal["none", "activations"] = "activations"
     calibration_batches: int = Field(16, ge=1)
@@ -87,6 +91,7 @@ class Exit(StepConfig):
     phase: ClassVar[Phase] = "architecture"
     explained: ClassVar[str] = "exitC: an example leaves at the first head that is C % sure"
     tasks: ClassVar[tuple[str, ...]] = ("classification",)
+    impls: ClassVar[tuple[str, ...]] = ("native",)
     every: int = Field(1, ge=1)
     trunk: Literal["frozen", "joint"] = "frozen"
     steps: int = Field(500, ge=1)
