@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from common import record as common
 from common.record import Record
 from parties.loops import trainer_of
@@ -79,7 +78,7 @@ def measure(arguments: argparse.Namespace, calibration: dict[str, float]) -> Rec
             steps = taken[tuple((arguments.base | {grown: value}).items())]
             seconds, flops = (common.quartiles(column) for column in zip(*steps, strict=True))
             rows.append({grown: value, "seconds": seconds, "flops": flops["median"]})
-        fitted = {key: exponent(values, costs) for key, costs in (
+        fitted = {key: common.exponent(values, costs) for key, costs in (
             ("seconds", [row["seconds"]["median"] for row in rows]), ("flops", [row["flops"] for row in rows]),
         )}  # fmt: skip
         lines[grown] = {"points": rows, "exponent": fitted["seconds"], "expected": fitted["flops"]}
@@ -97,11 +96,6 @@ def _turn(config: Config, prepared: Prepared, seconds: float) -> list[tuple[floa
         trainer.step()
         steps.append((trainer.clock.seconds - before.seconds, trainer.clock.flops - before.flops))
     return steps
-
-
-def exponent(values: Sequence[float], costs: Sequence[float]) -> float:
-    """The k of ``cost = c * value ** k`` that fits best in logarithms."""
-    return float(np.polyfit(np.log(values), np.log(costs), 1)[0])
 
 
 def table(record: Record) -> str:

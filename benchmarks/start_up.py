@@ -26,8 +26,8 @@ from train_then_compress.records import rewrite_rows, write_json
 
 CONVENTIONS = {
     "seconds": "of wall clock, from before the command's process starts; median (quartiles) of the rounds",
-    "first step": "until the row of the first training step stands in metrics.jsonl, the corpus being prepared; "
-    "not compiled",
+    "first step": "until the row of the first training step of a 2x128 model stands in metrics.jsonl, the corpus being "
+    "prepared; not compiled",
     "finished sweep": "runs whose records stand, with made-up results, given again",
     "points": "table and figures read the same runs",
 }
@@ -35,7 +35,7 @@ _TTC = [sys.executable, "-m", "train_then_compress"]
 _SWEEP = ["-m", "study=finished", "+scale=cpu", "budget.value=60",
           "recipes=[none,quant4,prune30,prune60,prune30+quant4]"]  # fmt: skip
 _RECIPES = 5
-_FIRST = ["study=first", "+scale=cpu", "budget=steps", "budget.value=100"]
+_FIRST = ["study=first", "+scale=cpu", "model.depth=2", "model.width=128", "budget=steps", "budget.value=100"]
 _WAIT = 120.0
 
 

@@ -24,7 +24,8 @@ CONVENTIONS = {
     "the first intervals, and the first interval of each turn left out",
     "flops": "train_then_compress/cost/flops.py: matrix multiplications only, a multiply-add is 2, backward = 2 "
     "forward, padding included, predictions only where there is a target; each party is credited with what this "
-    "project's model needs for the same tokens, whatever it computes",
+    "project's model nominally needs for the same tokens, whatever it computes (of a masked LM's last layer, ours "
+    "computes in training what predictions need)",
     "peak": "the faster of two 1024^3 matrix multiplications in that dtype, before and after everything; bf16 only "
     "where the hardware multiplies it",
     "ratio": "of tokens per second, ours / theirs, in one round; median (quartiles) of the rounds",

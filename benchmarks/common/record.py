@@ -128,6 +128,11 @@ def spread(values: dict[str, float], form: str = ",.0f") -> str:
     return f"{values['median']:{form}} ({values['q25']:{form}} - {values['q75']:{form}})"
 
 
+def exponent(values: Sequence[float], costs: Sequence[float]) -> float:
+    """The k of ``cost = c * value ** k`` that fits best in logarithms."""
+    return float(np.polyfit(np.log(values), np.log(costs), 1)[0])
+
+
 def markdown(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [heading, ["---"] * len(heading), *rows]

@@ -14,11 +14,6 @@ def benchmark(benchmarks: Path) -> ModuleType:
     return importlib.import_module("growth")
 
 
-def test_the_exponent_of_a_power_is_found(benchmark: ModuleType) -> None:
-    values = [1, 2, 4, 8]
-    assert benchmark.exponent(values, [3 * value**1.5 for value in values]) == pytest.approx(1.5)
-
-
 def test_every_line_has_its_points_and_exponents(
     benchmark: ModuleType, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -57,6 +57,11 @@ def test_quartiles(record: ModuleType) -> None:
     assert record.spread({"median": 3000, "q25": 2000, "q75": 4000}) == "3,000 (2,000 - 4,000)"
 
 
+def test_the_exponent_of_a_power_is_found(record: ModuleType) -> None:
+    values = [1, 2, 4, 8]
+    assert record.exponent(values, [3 * value**1.5 for value in values]) == pytest.approx(1.5)
+
+
 def test_wrong_options_end_early(record: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     for argv, needs, said in (
         (["--json", "nowhere/at/all.json"], (), "no directory nowhere/at"),
