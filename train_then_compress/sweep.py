@@ -34,6 +34,7 @@ from train_then_compress.cell import Cell, adopt, find_teacher, locate
 from train_then_compress.config import (
     Config,
     ConfigError,
+    LabelledConfig,
     LabelledCorpora,
     ParallelCorpora,
     TrackerConfig,
@@ -42,6 +43,8 @@ from train_then_compress.config import (
 from train_then_compress.config.base import reject
 from train_then_compress.cost import machine
 from train_then_compress.data.corpora import CorpusError
+from train_then_compress.data.examples import Labelled
+from train_then_compress.data.fairseq_export import export_fairseq
 from train_then_compress.data.pairs import Pairs
 from train_then_compress.data.prepare import Prepared
 from train_then_compress.records import Busy, Damaged, read_json
@@ -117,15 +120,11 @@ def _check_machine(waiting: list[Cell]) -> None:
 
 def prepare_only(name: str, overrides: list[str]) -> int:
     """Prepare the corpus ``name``, for labelled text also the text that its tokenizer is trained on; say what it is."""
-    unit, needed = "tokens", list[str]()
-    if name in corpora_of(LabelledCorpora):
-        unit, needed = "examples", ["task=classification", "pretrain=mlm"]
-    elif name in corpora_of(ParallelCorpora):
-        unit, needed = "pairs", ["task=translation", "model=transformer"]
-    configs, errors = compose([f"data={name}", *needed, *overrides])
+    configs, errors = _compose_corpus(name, overrides)
     try:
         for config in configs:
             record = locate(config).data.record
+            unit = next(unit for unit in ("examples", "pairs", "tokens") if unit in record["splits"]["train"])
             counts = ", ".join(f"{split} {count[unit]:,}" for split, count in record["splits"].items())
             labels = f"; labels {', '.join(record['labels'])}" if "labels" in record else ""
             print(f"{name}: {unit} {counts}{labels}; vocabulary {record['vocab_size']:,}; {record['licence']}")
@@ -133,6 +132,35 @@ def prepare_only(name: str, overrides: list[str]) -> int:
         errors.append(str(error))
     print("".join(f"error: {error}\n" for error in errors), end="", file=sys.stderr)
     return 2 if errors else 0
+
+
+def export_corpus(name: str, to: str, out: Path, overrides: list[str]) -> int:
+    """Prepare the corpus ``name`` and write it to the directory ``out`` in a form that another library reads."""
+    configs, errors = _compose_corpus(name, overrides)
+    try:
+        if to != "fairseq":
+            raise ConfigError(f"--to {to}: no such format; known is fairseq")
+        for config in configs:
+            if isinstance(config.data, LabelledConfig):
+                raise reject("data", name, "labelled text has no such form; text and sentence pairs have")
+            data = locate(config).data
+            assert not isinstance(data, Labelled)
+            export_fairseq(data, out)
+            print(out)
+    except (ConfigError, CorpusError, FileExistsError) as error:
+        errors.append(str(error))
+    print("".join(f"error: {error}\n" for error in errors), end="", file=sys.stderr)
+    return 2 if errors else 0
+
+
+def _compose_corpus(name: str, overrides: list[str]) -> tuple[list[Config], list[str]]:
+    """As `compose`, with what the kind of corpus needs."""
+    needed = []
+    if name in corpora_of(LabelledCorpora):
+        needed = ["task=classification", "pretrain=mlm"]
+    elif name in corpora_of(ParallelCorpora):
+        needed = ["task=translation", "model=transformer"]
+    return compose([f"data={name}", *needed, *overrides])
 
 
 def corpora_of(kinds: Any) -> list[str]:
