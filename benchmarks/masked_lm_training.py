@@ -93,7 +93,7 @@ def measure(arguments: argparse.Namespace, calibration: dict[str, float]) -> Rec
     measured = {}
     with tempfile.TemporaryDirectory() as directory:
         data = Path(directory) / "data"
-        export_fairseq(prepared, ("", ""), data)
+        export_fairseq(prepared, data)
         for shape, config in configs.items():
             task = MaskedLMTask(config, prepared, config.seed)
             measured[shape] = contest.hold(

@@ -163,7 +163,7 @@ def measure(arguments: argparse.Namespace, calibration: dict[str, float]) -> Rec
         config = _theirs(configs[0])
         prepared: Prepared = prepare(config.data, Path(arguments.cache))
         task = MaskedLMTask(config, prepared, config.seed)
-        export_fairseq(prepared, ("", ""), data)
+        export_fairseq(prepared, data)
         speed = updates_per_second(config, data, min(_TRIAL_SECONDS, arguments.seconds[0]))
         runs: dict[str, list[Record]] = {}
         for seconds in sorted(arguments.seconds):

@@ -113,7 +113,7 @@ def measure(arguments: argparse.Namespace, calibration: dict[str, float]) -> Rec
     measured = {}
     with tempfile.TemporaryDirectory() as directory:
         data = Path(directory) / "data"
-        export_fairseq(pairs, (first.data.source, first.data.target), data)
+        export_fairseq(pairs, data)
         for shape, config in configs.items():
             task = TranslationTask(config, pairs, config.seed)
             measured[shape] = contest.hold(

@@ -25,6 +25,7 @@ from typing import Any, get_args
 import hydra
 import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import OverrideType
 from omegaconf import DictConfig, OmegaConf
@@ -335,6 +336,19 @@ def _hydra(arguments: list[str], task: Callable[[DictConfig], None]) -> None:
     """Run a task function under Hydra's own command line, ``arguments`` unchanged."""
     kept, sys.argv = sys.argv, ["ttc run", *arguments]
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name="run")(task)()
+        with own_groups():
+            hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name="run")(task)()
     finally:
         sys.argv = kept
+
+
+@contextmanager
+def own_groups() -> Iterator[None]:
+    """Hide the groups that other libraries have registered under the names of ours: Hydra would merge
+    ``task/translation`` with fairseq's, where that was imported."""
+    store = ConfigStore.instance().repo
+    hidden = {path.name: store.pop(path.name) for path in conf_directory().iterdir() if path.name in store}
+    try:
+        yield
+    finally:
+        store.update(hidden)

@@ -46,7 +46,7 @@ def test_fairseq_train_takes_its_command(
 ) -> None:
     config = benchmark.config_of(benchmark.parse(quick), "1x32")
     config = dataclasses.replace(config, budget=BudgetConfig(kind="steps", value=4))
-    export_fairseq(prepare(config.data, Path(config.paths.cache)), ("", ""), tmp_path / "data")
+    export_fairseq(prepare(config.data, Path(config.paths.cache)), tmp_path / "data")
     _, party, *_ = benchmark.parties(config, 3, tmp_path / "data")
     assert 3 * 2 * 8 < fairseq_interval(party.command, party.read) <= 3 * 2 * 16
 

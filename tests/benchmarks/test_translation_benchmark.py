@@ -57,7 +57,7 @@ def test_fairseq_train_takes_its_command(
     config = benchmark.config_of(benchmark.parse(quick), "1x32")
     config = dataclasses.replace(config, budget=BudgetConfig(kind="steps", value=4))
     prepared = benchmark.prepare_pairs(config.data, Path(config.paths.cache))
-    benchmark.export_fairseq(prepared, ("en", "it"), tmp_path / "data")
+    benchmark.export_fairseq(prepared, tmp_path / "data")
     task = benchmark.TranslationTask(config, prepared, 0)
     _, party, *_ = benchmark.parties(config, 3, tmp_path / "data", task)
     assert 3 * 200 < fairseq_interval(party.command, party.read) <= 3 * 512
