@@ -238,7 +238,7 @@ def by_length(model: Translator, source: Tensor, arguments: argparse.Namespace, 
             seconds[party.name].append(float(np.median(party.seconds)) / (length + 1))
     return {
         "beam": beam, "batch_size": len(source), "lengths": lengths,
-        "parties": {name: {"seconds_per_token": values, "exponent": exponent(lengths, values)}
+        "parties": {name: {"seconds_per_token": values, "exponent": common.exponent(lengths, values)}
                     for name, values in seconds.items()},
     }  # fmt: skip
 
@@ -252,11 +252,6 @@ def _generate(generator: Any, source: Tensor) -> int:
     with torch.inference_mode():
         generator.generate([], _sample(source))
     return 0
-
-
-def exponent(lengths: list[int], seconds: list[float]) -> float:
-    """Of the power law fitted to seconds against lengths."""
-    return float(np.polyfit(np.log(lengths), np.log(seconds), 1)[0])
 
 
 def speculative(model: Translator, batches: list[Tensor], arguments: argparse.Namespace) -> Record:

@@ -65,7 +65,7 @@ def test_a_draft_is_measured_beside_plain_greedy_decoding(
 
 def test_the_exponent_of_a_power_law(benchmark: ModuleType) -> None:
     lengths = [16, 32, 64]
-    assert benchmark.exponent(lengths, [2e-3 * length**0.7 for length in lengths]) == pytest.approx(0.7)
+    assert benchmark.common.exponent(lengths, [2e-3 * length**0.7 for length in lengths]) == pytest.approx(0.7)
 
 
 def test_points_that_cannot_be_measured_end_early(
