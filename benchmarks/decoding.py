@@ -91,7 +91,8 @@ def model_and_sources(arguments: argparse.Namespace) -> tuple[Translator, list[l
     point, model = _opened(arguments.point)
     assert isinstance(point.config.data, ParallelConfig)
     lines = prepare_pairs(point.config.data, Path(arguments.cache)).texts("test")[0][: arguments.sentences]
-    return model, encode(Tokenizer.from_file(str(point.tokenizer)), lines, model.length), point.config.data.name
+    sources = encode(Tokenizer.from_file(str(point.tokenizer)), lines, model.length)
+    return model, sources, f"{point.name} on test sentences of {point.config.data.name}"
 
 
 def _opened(text: str) -> tuple[Point, Translator]:
@@ -319,7 +320,7 @@ def table(record: Record) -> str:
     growth = common.markdown(["batch", "ms a token of", *lengths, "exponent"], rows)
     model = record["model"]
     about = (f"{model['depth']}x{model['width']} layers, vocabulary {model['vocab_size']:,}, "
-             f"{model['parameters']:,} parameters; sentences: {record['sources']}; "
+             f"{model['parameters']:,} parameters; {record['sources']}; "
              f"{record['settings']['rounds']} rounds")  # fmt: skip
     return "\n\n".join([speeds, growth, *([_drafts(record)] if "speculative" in record else []), about])
 

@@ -28,7 +28,7 @@ Record = dict[str, Any]
 
 _CALIBRATION_SECONDS = 2.0
 #: Say where things are, not what is measured: left out of the recorded command and settings.
-_PLACES = ("cache", "json", "text", "pairs")
+_PLACES = ("cache", "json", "text", "pairs", "point", "draft")
 _PACKAGES = (
     "train-then-compress", "ve-fairseq", "fairseq-fixed", "transformers", "accelerate", "ctranslate2", "onnxruntime",
     "sacrebleu",

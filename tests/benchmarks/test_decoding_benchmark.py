@@ -55,7 +55,8 @@ def test_a_draft_is_measured_beside_plain_greedy_decoding(
 ) -> None:
     options = ["--point", str(sinusoidal_run), "--draft", f"{sinusoidal_run}:quant4", "--cache", str(tmp_path)]
     record = benchmark.main([*QUICK, *options])
-    assert record["sources"] == "parallel_files"
+    assert record["sources"] == "run:none on test sentences of parallel_files"
+    assert "--point" not in record["command"] and str(sinusoidal_run) not in str(record)
     for measured in record["speculative"]:
         plain, drafted = measured["parties"].values()
         assert drafted["agreement"]["sentences"] == drafted["agreement"]["of"] == measured["sentences"]
