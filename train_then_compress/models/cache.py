@@ -64,9 +64,12 @@ class Cache:
         self.rows = len(rows)
 
     def _grow(self) -> None:
-        while self.length > len(self._stored[0]):
-            self._stored = [torch.cat([stored, torch.empty_like(stored)]) for stored in self._stored]
+        room = len(self._stored[0])
+        if self.length > room:
             self._spare = []
+            for layer, old in enumerate(self._stored):
+                self._stored[layer] = old.new_empty(max(2 * room, self.length), *old.shape[1:])
+                self._stored[layer][:room] = old
 
     def _used(self, layer: int) -> tuple[Tensor, Tensor]:
         key, value = self._stored[layer][: self.length].permute(1, 2, 3, 0, 4).unbind(0)
