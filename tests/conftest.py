@@ -8,9 +8,11 @@ import csv
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -111,6 +113,31 @@ def labelled_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def _translated(sentence: str) -> str:
+    """A language made for the tests: words of mirrored letters, in the order of verb or first word last."""
+    words = [word[::-1].lower() for word in sentence[:-1].split()]
+    return " ".join([*words[1:], words[0]]).capitalize() + sentence[-1]
+
+
+@pytest.fixture(scope="session")
+def parallel_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with 600, 40 and 40 different sentences of the same grammar and their translations, in two files each
+    (``train.en``, ``train.xx``, ``valid.en``, ..).
+    """
+    choose = random.Random(20240609)
+    directory = tmp_path_factory.mktemp("parallel")
+    sentences: dict[str, None] = {}
+    while len(sentences) < 680:
+        place = choose.randrange(len(_PLACES))
+        sentences[_sentence(choose, place, choose.choice(_PEOPLE), choose.choice(_THINGS[place]))] = None
+    rest = list(sentences)
+    for split, count in (("train", 600), ("valid", 40), ("test", 40)):
+        lines, rest = rest[:count], rest[count:]
+        (directory / f"{split}.en").write_text("\n".join(lines) + "\n")
+        (directory / f"{split}.xx").write_text("\n".join(map(_translated, lines)) + "\n")
+    return directory
+
+
 @pytest.fixture(scope="module")
 def untimed() -> Iterator[None]:
     """For tests that are not about speed, which takes time to measure."""
@@ -152,6 +179,29 @@ def ttc() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture(scope="session")
+def kill_at() -> Callable[[Path, list[str], str, int], None]:
+    """A function that starts `ttc` in a directory, in a process group of its own, and kills the group once a stage's
+    checkpoint of a step is there, below ``runs/killed``."""
+    program = str(Path(sys.executable).with_name("ttc"))
+
+    def kill(directory: Path, arguments: list[str], stage: str, step: int) -> None:
+        process = subprocess.Popen(
+            [program, *arguments], cwd=directory, start_new_session=True, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            reached = [int(path.name[5:]) for path in directory.glob(f"runs/killed/*/checkpoint/{stage}-*/step-*")]
+            if max(reached, default=0) >= step:
+                break
+            time.sleep(0.002)
+        assert process.poll() is None, f"ended before {stage} reached step {step}"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    return kill
+
+
+@pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory for prepared corpora, one for all tests."""
     return tmp_path_factory.mktemp("cache")
@@ -167,6 +217,19 @@ def common(text_file: Path, cache: Path) -> list[str]:
         "runtime.dtype=fp32", "checkpoint.every_seconds=0", "steps.prune.recovery.max_steps=20",
         "steps.prune.recovery.check_every=5", "steps.prune.recovery.target=1",
     ]  # fmt: skip
+
+
+def _translation(parallel_files: Path, cache: Path, runs: Path) -> dict[str, Any]:
+    """A small translator's config."""
+    splits = {split: str(parallel_files / split) for split in ("train", "valid", "test")}
+    return {
+        "study": "tests", "task": {"name": "translation"},
+        "data": {"name": "parallel_files", "target": "xx", "vocab_size": 400, **splits},
+        "model": {"name": "transformer", "depth": 1, "width": 32, "head_size": 16, "positions": "rotary"},
+        "budget": {"kind": "steps", "value": 20}, "optimizer": {"lr": 3e-3, "batch_tokens": 512},
+        "evaluation": {"points": 3, "bleu_sentences": 10, "test_sequences": 20, "beam": 2},
+        "runtime": {"dtype": "fp32", "threads": 1}, "paths": {"runs": str(runs), "cache": str(cache)},
+    }  # fmt: skip
 
 
 def _values(text_file: Path, cache: Path, runs: Path) -> dict[str, Any]:
@@ -208,16 +271,23 @@ def prepared(text_file: Path, cache: Path) -> Prepared:
 
 @pytest.fixture
 def build_task(
-    build_config: Callable[..., Config], labelled_file: Path, prepared: Prepared, cache: Path
-) -> Callable[..., Any]:
-    """A function that makes a small task, `mlm` or `classification`; overrides as in `build_config`."""
+    build_config: Callable[..., Config], labelled_file: Path, prepared: Prepared, cache: Path, parallel_files: Path,
+    tmp_path: Path,
+) -> Callable[..., Any]:  # fmt: skip
+    """A function that makes a small task, `mlm`, `classification` or `translation`; overrides as in `build_config`."""
     from train_then_compress.config.labelled import CsvFiles
+    from train_then_compress.config.parallel import ParallelConfig
     from train_then_compress.data.examples import prepare_labelled
+    from train_then_compress.data.pairs import prepare_pairs
     from train_then_compress.tasks import task_of
 
     def build(name: str, **overrides: Any) -> Any:
         if name == "mlm":
             return task_of(build_config(**overrides), prepared)
+        if name == "translation":
+            config = Config.build(_merge(_translation(parallel_files, cache, tmp_path / "runs"), overrides))
+            assert isinstance(config.data, ParallelConfig)
+            return task_of(config, prepare_pairs(config.data, cache))
         data = {"name": "csv_files", "train": str(labelled_file), "sequence_length": 32}
         values = {
             "task": {"name": "classification"}, "pretrain": {"data": {"name": "sotu_wiki", "sequence_length": 32}},
@@ -284,3 +354,10 @@ def classifier_run(
         "paths": {"runs": str(tmp_path_factory.mktemp("classifier")), "cache": str(cache)},
     }  # fmt: skip
     return _finished(adopt(Config.build(values)))
+
+
+@pytest.fixture(scope="session")
+def translator_run(parallel_files: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a finished translation run, with two points."""
+    values = _translation(parallel_files, cache, tmp_path_factory.mktemp("translator"))
+    return _finished(Config.build(values | {"recipes": ["none", "quant4"]}))

@@ -43,16 +43,22 @@ def kept_process() -> Iterator[None]:
 
 @pytest.mark.parametrize("experiment", ON_THIS_MACHINE)
 def test_every_cell_takes_two_steps(
-    experiment: str, text_file: Path, labelled_file: Path, cache: Path, tmp_path: Path,
+    experiment: str, text_file: Path, labelled_file: Path, parallel_files: Path, cache: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, kept_process: None,
 ) -> None:  # fmt: skip
     text = ["data.vocab_size=400", "data.sequence_length=32", f"data.train={text_file}", "budget.kind=steps",
             "budget.value=2", "optimizer.batch_size=2", "optimizer.warmup=0"]  # fmt: skip
-    is_finetuning = "scale: cpu_finetune" in (conf_directory() / "experiment" / f"{experiment}.yaml").read_text()
+    written = (conf_directory() / "experiment" / f"{experiment}.yaml").read_text()
+    is_finetuning = "scale: cpu_finetune" in written
     if is_finetuning:
         small = ["data=csv_files", f"data.train={labelled_file}", "data.sequence_length=32", "budget=steps",
                  "budget.value=2", "optimizer.warmup=0", "data@pretrain.data=text_files",
                  *(f"pretrain.{setting}" for setting in text)]  # fmt: skip
+    elif "scale: cpu_translation" in written:
+        splits = [f"data.{split}={parallel_files / split}" for split in ("train", "valid", "test")]
+        small = ["data=parallel_files", *splits, "data.target=xx", "data.vocab_size=400", "budget.kind=steps",
+                 "budget.value=2", "optimizer.batch_tokens=128", "optimizer.warmup=0", "evaluation.points=1",
+                 "evaluation.bleu_sentences=2", "evaluation.test_sequences=4"]  # fmt: skip
     else:
         small = ["data=text_files", *text]
     small += [f"paths.cache={cache}", f"paths.runs={tmp_path}", "evaluation.validation_sequences=4", *QUICK]

@@ -1,7 +1,5 @@
 """`ttc run` disturbed: killed, told to stop, diverging, met by another process, and in two processes."""
 
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +14,7 @@ from train_then_compress.records import RunDirectory, read_json, read_rows
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 Compare = Callable[[Path, Path], None]
+KillAt = Callable[[Path, list[str], str, int], None]
 TTC = [str(Path(sys.executable).with_name("ttc"))]
 
 
@@ -25,7 +24,7 @@ def runs_of(study: Path) -> list[Path]:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_killed_at_several_moments_it_ends_in_the_same_weights(
-    tmp_path: Path, common: list[str], ttc: Command, assert_same_weights: Compare, dtype: str
+    tmp_path: Path, common: list[str], ttc: Command, assert_same_weights: Compare, kill_at: KillAt, dtype: str
 ) -> None:
     """SIGKILL in training and in recovery, with dropout; then the same command."""
     arguments = [
@@ -41,20 +40,6 @@ def test_killed_at_several_moments_it_ends_in_the_same_weights(
     assert_same_weights(calm, killed)
     rows = [(row["stage"], row["split"], row["steps"]) for row in read_rows(killed / "metrics.jsonl")]
     assert len(rows) == len(set(rows))
-
-
-def kill_at(directory: Path, arguments: list[str], stage: str, step: int) -> None:
-    """Start `ttc` in a process group of its own and kill the group once a stage's checkpoint of that step is there."""
-    process = subprocess.Popen([*TTC, *arguments], cwd=directory, start_new_session=True, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        reached = [int(path.name[5:]) for path in directory.glob(f"runs/killed/*/checkpoint/{stage}-*/step-*")]
-        if max(reached, default=0) >= step:
-            break
-        time.sleep(0.002)
-    assert process.poll() is None, f"ended before {stage} reached step {step}"
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def test_sigterm_writes_a_checkpoint_and_stops_the_sweep(tmp_path: Path, common: list[str]) -> None:

@@ -42,7 +42,8 @@ COUNTED: dict[str, list[Any]] = {
     "model.positions": ["rotary", "sinusoidal"], "model.dropout": [0.1], "budget.value": [500, 1e6],
     "optimizer.lr": [0.1, 0.2], "optimizer.beta1": [0.8], "optimizer.beta2": [0.9], "optimizer.eps": [1e-8],
     "optimizer.weight_decay": [0.1], "optimizer.clip": [0.5], "optimizer.batch_size": [32, 64],
-    "optimizer.schedule": ["wsd"], "optimizer.warmup": [0.1], "optimizer.cooldown": [0.3],
+    "optimizer.batch_tokens": [1024, 8192],
+    "optimizer.schedule": ["wsd", "inverse_sqrt"], "optimizer.warmup": [0.1], "optimizer.cooldown": [0.3],
     "runtime.dtype": ["fp32", "bf16"],
 }  # fmt: skip
 #: Settings that never are.
@@ -50,7 +51,9 @@ UNCOUNTED: dict[str, list[Any]] = {
     "study": ["other"], "tracker.name": ["wandb"], "tracker.mode": ["online"], "tracker.project": ["p"],
     "tracker.entity": ["e"], "paths.runs": ["/r"], "paths.cache": ["/c"], "evaluation.points": [3],
     "evaluation.first": [0.1], "evaluation.batch_size": [8], "evaluation.validation_sequences": [10],
-    "evaluation.test_sequences": [10], "checkpoint.every_seconds": [1], "checkpoint.keep_at": [[0.5]],
+    "evaluation.test_sequences": [10], "evaluation.beam": [1], "evaluation.validation_beam": [5],
+    "evaluation.bleu_sentences": [7], "evaluation.length_penalty": [0.6], "evaluation.max_ratio": [2.0],
+    "evaluation.max_extra": [20], "checkpoint.every_seconds": [1], "checkpoint.keep_at": [[0.5]],
     "checkpoint.keep_at_perplexity": [[30.0]],
     "recipes": [["none", "quant4"]], "steps": [{"quant": {"group_size": 16}}],
 }  # fmt: skip
@@ -140,6 +143,22 @@ def test_a_default_that_is_written_out_does_not_count(flat: dict[str, Any], data
     groups = data.draw(st.sets(st.sampled_from(["task", "model", "optimizer", "evaluation", "checkpoint", "runtime"])))
     spelled = nested(flat) | {group: whole[group] for group in groups}
     assert plan(Config.build(spelled), "d", MACHINE) == plan(config, "d", MACHINE)
+
+
+def test_what_bleu_depends_on_counts_for_points_but_not_for_training() -> None:
+    def made(**evaluation: Any) -> Plan:
+        values = {"task": {"name": "translation"}, "data": {"name": "debian_pairs"}, "model": {"name": "transformer"},
+                  "recipes": ["none", "prune30"], "evaluation": evaluation}  # fmt: skip
+        return plan(Config.build(values), "d", MACHINE)
+
+    first = made()
+    assert first.run_name.startswith("mt-d6-w512-seconds600-s0-")
+    for setting, value in {"beam": 1, "length_penalty": 0.6, "max_ratio": 2.0, "max_extra": 20}.items():
+        other = made(**{setting: value})
+        assert other.dense == first.dense and not set(other.points.values()) & set(first.points.values()), setting
+    for setting in ("validation_beam", "bleu_sentences"):  # what recovery looks at
+        other = made(**{setting: 2})
+        assert other.points["none"] == first.points["none"] and other.points["prune30"] != first.points["prune30"]
 
 
 @given(settings(COUNTED))

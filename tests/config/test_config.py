@@ -20,13 +20,16 @@ from train_then_compress.config import (
     ConfigError,
     DataConfig,
     DistillConfig,
+    LabelledCorpora,
+    ParallelCorpora,
     RobertaConfig,
     TaskConfig,
+    TransformerConfig,
     conf_directory,
     parse_recipe,
 )
 from train_then_compress.config.steps import STEPS, OneShot, Prune, Quant
-from train_then_compress.sweep import labelled_corpora
+from train_then_compress.sweep import corpora_of
 
 CONF = conf_directory()
 TEXT = {"name": "text_files", "train": "corpus.txt"}
@@ -80,7 +83,10 @@ RANGES: list[tuple[dict[str, Any], str]] = [
     ({"recipes": "none"}, "recipes='none': must be a valid list"),
 ]
 ENUMERATIONS: list[tuple[dict[str, Any], str]] = [
-    ({"task": {"name": "clm"}}, "task.name='clm': must be one of 'mlm', 'classification'"),
+    ({"task": {"name": "clm"}}, "task.name='clm': must be one of 'mlm', 'classification', 'translation'"),
+    ({"model": {"name": "lstm"}}, "model.name='lstm': must be one of 'roberta', 'transformer'"),
+    ({"model": {"name": "transformer", "encoder_depth": 0}}, "model.encoder_depth=0: must be greater than or equal"),
+    ({"model": {"name": "transformer", "colour": 1}}, "model.colour=1: there is no such setting"),
     ({"data": {"name": "web"}}, "data.name='web': must be one of 'sotu_wiki', 'debian_docs'"),
     ({"data": TEXT | {"document": "line"}}, "data.document='line': must be 'block' or 'file'"),
     ({"model": {"positions": "none"}}, "model.positions='none': must be 'learned', 'sinusoidal' or 'rotary'"),
@@ -89,7 +95,7 @@ ENUMERATIONS: list[tuple[dict[str, Any], str]] = [
         {"budget": {"kind": "hours"}},
         "budget.kind='hours': must be 'seconds', 'flops', 'tokens', 'steps' or 'epochs'",
     ),
-    ({"optimizer": {"schedule": "cosine"}}, "optimizer.schedule='cosine': must be 'linear' or 'wsd'"),
+    ({"optimizer": {"schedule": "cosine"}}, "optimizer.schedule='cosine': must be 'linear', 'wsd' or 'inverse_sqrt'"),
     ({"runtime": {"device": "tpu"}}, "runtime.device='tpu': must be 'cpu' or 'cuda'"),
     ({"runtime": {"dtype": "fp16"}}, "runtime.dtype='fp16': must be 'auto', 'fp32' or 'bf16'"),
     ({"tracker": {"name": "mlflow"}}, "tracker.name='mlflow': must be 'none' or 'wandb'"),
@@ -114,6 +120,15 @@ COMBINATIONS: list[tuple[dict[str, Any], str]] = [
      "optimizer.batch_size=9: must be a multiple of runtime.processes=2"),
     ({"optimizer": {"batch_size": 8}, "runtime": {"processes": 2, "micro_batch": 3}},
      "runtime.micro_batch=3: must divide the 4 sequences of one process"),
+    ({"optimizer": {"schedule": "inverse_sqrt", "warmup": 0}}, "optimizer.warmup=0.0: optimizer.schedule=inverse_sqrt"),
+    ({"task": {"name": "translation"}}, "data=sotu_wiki: text without labels or translations; it needs task=mlm, and "
+     "task=translation other data, e.g. data=debian_en_it"),
+    ({"data": {"name": "debian_pairs"}}, "data=debian_pairs: sentence pairs; it needs task=translation"),
+    ({"task": {"name": "translation"}, "data": {"name": "debian_pairs"}},
+     "model.name=roberta: task=translation needs model=transformer"),
+    ({"model": {"name": "transformer"}}, "model.name=transformer: task=mlm needs model=roberta"),
+    ({"task": {"name": "translation"}, "data": {"name": "debian_pairs"}, "model": {"name": "transformer"},
+      "budget": {"kind": "epochs"}}, "budget.kind=epochs: only task=classification counts epochs"),
     ({"checkpoint": {"keep_at": [0.5, 1.0]}}, "checkpoint.keep_at=1.0: each progress must lie between 0 and 1"),
     ({"distill": {}}, "distill.teacher=None: the directory of a finished run is needed"),
     ({"distill": {"teacher": "runs/a"}, "init_from": "runs/b"}, "distill.teacher=runs/a: nothing is trained here"),
@@ -247,6 +262,8 @@ def dataclass_of(group: str, values: dict[str, Any]) -> type:
     if group in ("data", "task"):
         choices = get_args(get_args(DataConfig if group == "data" else TaskConfig)[0])
         return next(choice for choice in choices if choice.__pydantic_fields__["name"].default == values["name"])
+    if group == "model":
+        return {"roberta": RobertaConfig, "transformer": TransformerConfig}[values["name"]]
     return DistillConfig if group == "distill" else type(getattr(Config.build({}), group))
 
 
@@ -255,9 +272,10 @@ def yaml_files(*groups: str) -> list[Any]:
     return [pytest.param(path, id=f"{path.parent.name}/{path.stem}") for path in sorted(paths)]
 
 
-#: The data files of classification, and what makes any of them a valid config.
-LABELLED = labelled_corpora()
+#: The data files of classification and of translation, and what makes any of them a valid config.
+LABELLED, PARALLEL = corpora_of(LabelledCorpora), corpora_of(ParallelCorpora)
 FINETUNING = ["task=classification", "data=rotten_tomatoes", "pretrain=mlm"]
+TRANSLATION = ["task=translation", "data=debian_en_it", "model=transformer"]
 
 GROUPS = sorted(
     {path.name for path in CONF.iterdir()}
@@ -307,12 +325,14 @@ def test_a_group_file_composes_and_is_valid(path: Path) -> None:
     group = path.parent.name
     expected: Any = OmegaConf.to_container(OmegaConf.load(path))
     needed = []
-    if path.stem in ("text_files", "csv_files"):
+    if path.stem in ("text_files", "csv_files", "parallel_files"):
         needed, expected["train"] = ["data.train=corpus.txt"], "corpus.txt"
     if group == "distill":
         needed, expected["teacher"] = ["distill.teacher=runs/x"], "runs/x"
     if f"{group}={path.stem}" in FINETUNING or path.stem in LABELLED or path.stem == "epochs":
         needed += [override for override in FINETUNING if not override.startswith(f"{group}=")]
+    if f"{group}={path.stem}" in TRANSLATION or path.stem in PARALLEL:
+        needed += [override for override in TRANSLATION if not override.startswith(f"{group}=")]
     values = composed(f"{group}={path.stem}", *needed)
     assert values[group] == expected
     assert dataclasses.asdict(getattr(Config.build(values), group)) == expected

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,6 +30,21 @@ def test_wsd_is_the_piecewise_line_through_its_corners(warmup: float, cooldown: 
     rate = schedule(OptimizerConfig(lr=0.5, schedule="wsd", warmup=warmup, cooldown=cooldown))
     expected = np.interp(progress, [0, warmup, 1 - cooldown, 1], [0, 0.5, 0.5, 0])
     assert rate(progress) == pytest.approx(expected, abs=1e-9)
+
+
+def test_inverse_sqrt_is_fairseqs_where_progress_is_the_share_of_updates() -> None:
+    pytest.importorskip("fairseq")
+    from fairseq.optim.adam import FairseqAdam, FairseqAdamConfig
+    from fairseq.optim.lr_scheduler.inverse_square_root_schedule import (
+        InverseSquareRootLRScheduleConfig,
+        InverseSquareRootSchedule,
+    )
+
+    optimizer = FairseqAdam(FairseqAdamConfig(lr=[0.5]), [torch.nn.Parameter(torch.zeros(1))])
+    theirs = InverseSquareRootSchedule(InverseSquareRootLRScheduleConfig(warmup_updates=40, lr=[0.5]), optimizer)
+    ours = schedule(OptimizerConfig(lr=0.5, schedule="inverse_sqrt", warmup=0.04))
+    for updates in (0, 1, 17, 39, 40, 41, 500, 1000):
+        assert ours(updates / 1000) == pytest.approx(theirs.step_update(updates), rel=1e-12), updates
 
 
 def test_rate_is_zero_at_and_after_the_end_and_without_warmup_starts_at_the_peak() -> None:

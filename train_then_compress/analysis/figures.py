@@ -87,7 +87,7 @@ def convergence(study: Study, spent: drawing.Quantity) -> Figure | None:
     low, high = _visible([curve["quality"] for curve in curves.values()], measure)
     visible = rows.loc[rows["quality"].between(low, high), spent.column]
     about = setting(study, "mean and range of up to {seeds} seeds")
-    with drawing.page(f"{measure.name.capitalize()} against {spent.name}", about) as (figure, axes):
+    with drawing.page(f"{measure.title} against {spent.name}", about) as (figure, axes):
         axes.set(xlabel=f"{spent.name} (log scale)", ylabel=measure.label, ylim=(low, high))
         drawing.log_axis(axes, "x", *drawing.padded(visible, 0.03), spent.unit)
         if measure.logarithmic:
@@ -164,7 +164,7 @@ def dense_by_size(study: Study) -> Figure | None:
     column, by = _what_varies(dense)
     unit = {"depth": "layers, ", "width": "units, ", "parameters": ""}[column]
     about = setting(study, "up to {seeds} seeds as points, their mean as a line")
-    with drawing.page(f"{measure.name.capitalize()} of the dense models against {column}", about) as (figure, axes):
+    with drawing.page(f"{measure.title} of the dense models against {column}", about) as (figure, axes):
         axes.set(xlabel=f"{column} ({unit}log scale)", ylabel=measure.label)
         drawing.log_axis(axes, "x", *drawing.padded(dense[column].astype(float)), "count")
         if measure.logarithmic:

@@ -23,6 +23,11 @@ class Measure:
     unit: str = ""
 
     @property
+    def title(self) -> str:
+        """The name at the beginning of a line."""
+        return self.name[:1].upper() + self.name[1:]
+
+    @property
     def label(self) -> str:
         """The axis's label."""
         direction = f"{'higher' if self.higher_is_better else 'lower'} is better"

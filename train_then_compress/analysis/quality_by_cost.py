@@ -40,7 +40,7 @@ def quality_by_cost(study: Study, quality: Measure, cost: drawing.Quantity) -> F
     if points.empty:
         return None
     means, limits = _to_draw(points, quality, cost, runs)
-    title = f"{quality.name.capitalize()} against {cost.name}"
+    title = f"{quality.title} against {cost.name}"
     with drawing.page(title, setting(study, "mean and range of up to {seeds} seeds")) as (figure, axes):
         faster = ", faster is on the left" if cost.higher_is_better else ""
         axes.set(xlabel=f"{cost.name} (log scale{faster})", ylabel=quality.label, ylim=limits)
