@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,12 +175,11 @@ def adopt(config: Config) -> Config:
         asked, found = getattr(config.model, key), getattr(theirs.model, key)
         if asked not in (found, getattr(type(config.model)(), key)):
             raise reject(f"model.{key}", asked, f"init_from={config.init_from} has {found}")
+    model = dataclasses.replace(theirs.model, impl=config.model.impl)  # the weights do not depend on it
     if config.task.name != "classification":
-        what: dict[str, Any] = {
-            name: getattr(theirs, name) for name in ("task", "data", "model", "budget", "optimizer", "seed")
-        }
-        return config.changed(**what)
+        what: dict[str, Any] = {name: getattr(theirs, name) for name in ("task", "data", "budget", "optimizer", "seed")}
+        return config.changed(**what | {"model": model})
     if isinstance(theirs.model, TransformerConfig):
         raise reject("init_from", config.init_from, "a translation model; task=classification finetunes a masked LM")
     made = Pretraining(**{name: getattr(theirs, name) for name in ("seed", "task", "data", "budget", "optimizer")})
-    return config.changed(model=theirs.model, pretrain=made)
+    return config.changed(model=model, pretrain=made)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -131,6 +132,61 @@ def engines(
             report(points, [name for name in engines.split(",") if name], length, threads, rounds, out), nl=False
         )
     except (ExportError, Busy, ConfigError, Damaged) as error:
+        _fail(error)
+
+
+@app.command()
+def translate(
+    point: Annotated[str, typer.Argument(help="RUN_DIRECTORY (the dense model) or RUN_DIRECTORY:RECIPE.")],
+    beam: Annotated[int | None, typer.Option(min=1, help="Hypotheses a sentence (default: as the run's test).")] = None,
+    length_penalty: Annotated[float | None, typer.Option(min=0, help="Default: as the run's test.")] = None,
+    nbest: Annotated[int, typer.Option(min=0, help="So many translations: line number, score, text, by tabs.")] = 0,
+    sample: Annotated[bool, typer.Option("--sample", help="Draw each token at random.")] = False,
+    temperature: Annotated[float, typer.Option(min=1e-3, help="Of --sample.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Of --sample: among the likeliest tokens (0: all).")] = 0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Of --sample: among the likeliest, of so much "
+                                                            "probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of --sample.")] = 0,
+    draft: Annotated[str | None, typer.Option(help="A smaller model's point, to draft for this one (greedy).")] = None,
+    draft_length: Annotated[int, typer.Option(min=1, help="Tokens drafted at a time.")] = 4,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Source positions in a batch, padding included.")] = 4096,
+) -> None:  # fmt: skip
+    """Translate standard input, a sentence a line, to standard output."""
+    from train_then_compress.config import ConfigError
+    from train_then_compress.evaluation.sampling import Sampling
+    from train_then_compress.export import ExportError
+    from train_then_compress.records import Damaged
+    from train_then_compress.translate import LINES_AT_ONCE, Request, line_translator
+
+    if not sample and (temperature, top_k, top_p, seed) != (1.0, 0, 1.0, 0):
+        raise typer.BadParameter("--temperature, --top-k, --top-p and --seed are for --sample")
+    sampling = Sampling(temperature, top_k, top_p) if sample else None
+    request = Request(point, beam, length_penalty, nbest, sampling, seed, draft, draft_length, batch_tokens)
+    try:
+        translator = line_translator(request)
+    except (ExportError, ConfigError, Damaged) as error:
+        _fail(error)
+    for line in translator(sys.stdin.buffer, 1 if sys.stdin.isatty() else LINES_AT_ONCE):
+        typer.echo(line)
+    for note in translator.notes:
+        typer.echo(note, err=True)
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="RUN_DIRECTORY (the dense model) or RUN_DIRECTORY:RECIPE.")],
+    second: Annotated[str, typer.Argument(help="Another point.")],
+) -> None:
+    """Compare two points' translations of the test set by sacreBLEU's paired bootstrap."""
+    from train_then_compress.compare import compare as compared
+    from train_then_compress.config import ConfigError
+    from train_then_compress.data.corpora import CorpusError
+    from train_then_compress.export import ExportError
+    from train_then_compress.records import Damaged
+
+    try:
+        typer.echo(compared(first, second))
+    except (ExportError, ConfigError, CorpusError, Damaged) as error:
         _fail(error)
 
 

@@ -8,6 +8,7 @@ function starts the child process. Neither imports torch.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import signal
@@ -166,6 +167,7 @@ def resolve(composed: DictConfig) -> Config:
     if config.distill is not None:
         teacher = str(Path(find_teacher(config).directory.path).absolute())
         config = config.changed(distill=dataclasses.replace(config.distill, teacher=teacher))
+    _fairseq_is_there(config)
     runtime = config.runtime
     cores = len(machine.usable_cores())
     if runtime.threads * runtime.processes > cores:
@@ -180,6 +182,12 @@ def resolve(composed: DictConfig) -> Config:
         config.paths, runs=str(Path(config.paths.runs).absolute()), cache=str(Path(config.paths.cache).absolute())
     )
     return config.changed(runtime=dataclasses.replace(runtime, dtype=dtype, threads=threads), paths=paths)
+
+
+def _fairseq_is_there(config: Config) -> None:
+    if config.model.impl == "fairseq" and importlib.util.find_spec("fairseq") is None:
+        raise reject("model.impl", "fairseq", "fairseq is not installed; it comes with the extra: "
+                     "pip install 'train-then-compress[fairseq]'")  # fmt: skip
 
 
 def _fits_memory(config: Config) -> None:

@@ -3,44 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from functools import cache
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from train_then_compress.config.model import TransformerConfig
 from train_then_compress.data.prepare import EOS, MASK, PAD
 from train_then_compress.evaluation.decoding import Decoding, beam_search
-from train_then_compress.models.transformer import Translator
+from train_then_compress.models.transformer import CrossAttention, Translator
 
 pytest.importorskip("fairseq")
-VOCABULARY, LENGTH = 40, 40
+Make = Callable[..., Any]
 #: Of MASK: fairseq has no such token, so the generator under test must be told not to produce it.
 FORBIDDEN = -1e9
-
-
-@cache
-def translator(vocabulary: int = VOCABULARY) -> Translator:
-    """Random weights; `</s>` is likely enough that hypotheses end at many lengths."""
-    torch.manual_seed(1)
-    model = Translator(TransformerConfig(depth=2, width=32, head_size=16, dropout=0.0), vocabulary, LENGTH).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.15 * torch.randn_like(parameter))
-        model.decoder.final_norm.weight.mul_(0.3)
-        model.decoder.final_norm.bias += 0.5 * model.embedding.weight[EOS]
-    return model
-
-
-def sources(lengths: list[int], vocabulary: int = VOCABULARY) -> Tensor:
-    generator = torch.Generator().manual_seed(5)
-    tokens = torch.randint(MASK + 1, vocabulary, (len(lengths), max(lengths)), generator=generator)
-    for row, end in zip(tokens, lengths, strict=True):
-        row[end - 1 :] = PAD
-        row[end - 1] = EOS
-    return tokens
 
 
 class AsFairseq(nn.Module):
@@ -53,7 +30,7 @@ class AsFairseq(nn.Module):
         self.decoder = self._Decoder(model)
 
     def max_decoder_positions(self) -> int:
-        return LENGTH
+        return self.model.length
 
     class _Encoder(nn.Module):
         def __init__(self, model: Translator):
@@ -75,7 +52,7 @@ class AsFairseq(nn.Module):
             return logits.view(*tokens.shape, -1), None
 
         def max_positions(self) -> int:
-            return LENGTH
+            return self.model.length
 
     def get_normalized_probs(self, output: tuple[Tensor, Any], log_probs: bool, sample: Any = None) -> Tensor:
         probabilities = output[0].log_softmax(dim=-1).clone()
@@ -101,8 +78,11 @@ def fairseq_hypotheses(model: Translator, source: Tensor, decoding: Decoding) ->
 
 @pytest.mark.parametrize("beam", [1, 4, 5])
 @pytest.mark.parametrize("penalty", [0.6, 1.0])
-def test_hypotheses_and_scores_are_those_of_fairseqs_generator(beam: int, penalty: float) -> None:
-    model, source = translator(), sources([3, 9, 14, 6, 11, 4, 8])
+@pytest.mark.parametrize("kind", ["random", "trained"])
+def test_hypotheses_and_scores_are_those_of_fairseqs_generator(
+    kind: str, beam: int, penalty: float, translator: Make, trained: Translator, sources: Make
+) -> None:
+    model, source = translator() if kind == "random" else trained, sources([3, 9, 14, 6, 11, 4, 8])
     decoding = Decoding(beam=beam, length_penalty=penalty, max_ratio=0, max_extra=20)
     expected = fairseq_hypotheses(model, source, decoding)
     found = beam_search(model, source, decoding)
@@ -113,7 +93,7 @@ def test_hypotheses_and_scores_are_those_of_fairseqs_generator(beam: int, penalt
         assert [hypothesis.score for hypothesis in ours] == pytest.approx([score for _, score in theirs], abs=1e-4)
 
 
-def test_a_sentence_does_not_depend_on_its_batch() -> None:
+def test_a_sentence_does_not_depend_on_its_batch(translator: Make, sources: Make) -> None:
     model, source = translator(), sources([3, 9, 14, 6])
     decoding = Decoding(beam=4, max_ratio=1.2, max_extra=3)
     together = beam_search(model, source, decoding)
@@ -123,7 +103,7 @@ def test_a_sentence_does_not_depend_on_its_batch() -> None:
         assert max(len(hypothesis.tokens) for hypothesis in found) <= 1.2 * int((row != PAD).sum()) + 3
 
 
-def test_greedy_takes_the_likeliest_token_each_time() -> None:
+def test_greedy_takes_the_likeliest_token_each_time(translator: Make, sources: Make) -> None:
     model, source = translator(), sources([5])
     (found,) = beam_search(model, source, Decoding(beam=1, max_ratio=0, max_extra=12))
     tokens = [EOS]
@@ -137,10 +117,10 @@ def test_greedy_takes_the_likeliest_token_each_time() -> None:
     assert found[0].tokens == [token for token in tokens if token != EOS]
 
 
-def test_a_wide_beam_finds_the_best_of_all_translations() -> None:
+def test_a_wide_beam_finds_the_best_of_all_translations(translator: Make, sources: Make) -> None:
     """Three ordinary words, up to three of them: a beam wider than all prefixes is exhaustive search."""
     vocabulary = MASK + 4
-    model, source = translator(vocabulary), sources([4], vocabulary)
+    model, source = translator(vocabulary=vocabulary), sources([4], vocabulary)
     words = range(MASK + 1, vocabulary)
 
     def score(tokens: tuple[int, ...]) -> float:
@@ -153,3 +133,42 @@ def test_a_wide_beam_finds_the_best_of_all_translations() -> None:
     best = max(everything, key=score)
     (found,) = beam_search(model, source, Decoding(beam=100, max_ratio=0, max_extra=3))
     assert tuple(found[0].tokens) == best and found[0].score == pytest.approx(score(best), abs=1e-5)
+
+
+@pytest.mark.parametrize("beam", [2, 16])
+def test_finished_sentences_leave_the_batch_and_sources_are_projected_once(
+    beam: int, translator: Make, sources: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, source = translator(), sources([3, 9, 14, 6])
+    steps: list[int] = []
+    projected: list[int] = []
+    step, remember = Translator.step, CrossAttention.remember
+
+    def counted_step(self: Translator, tokens: Tensor, *state: Any) -> Tensor:
+        steps.append(len(tokens))
+        return step(self, tokens, *state)
+
+    def counted_remember(self: CrossAttention, encoded: Tensor) -> tuple[Tensor, Tensor]:
+        projected.append(len(encoded))
+        return remember(self, encoded)
+
+    monkeypatch.setattr(Translator, "step", counted_step)
+    monkeypatch.setattr(CrossAttention, "remember", counted_remember)
+    found = beam_search(model, source, Decoding(beam=beam, max_ratio=1.0, max_extra=2))
+    assert projected == [4] * len(model.decoder.layers)
+    assert steps == sorted(steps, reverse=True) and steps[0] == 4 and steps[-1] < 4
+    assert len(steps) == 1 + max(int((row != PAD).sum()) + 2 for row in source), "the longest fills its room"
+    assert all(1 <= len(hypotheses) <= beam for hypotheses in found)
+    for hypotheses in found:
+        scores = [hypothesis.score for hypothesis in hypotheses]
+        assert scores == sorted(scores, reverse=True)
+        assert len({tuple(hypothesis.tokens) for hypothesis in hypotheses}) == len(hypotheses)
+
+
+def test_a_model_in_training_is_in_training_afterwards(translator: Make, sources: Make) -> None:
+    model = translator().train()
+    try:
+        beam_search(model, sources([3]), Decoding(beam=1))
+        assert model.training
+    finally:
+        model.eval()

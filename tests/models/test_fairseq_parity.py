@@ -1,73 +1,56 @@
-"""Our RoBERTa against fairseq's, with the same weights: the peer of the benchmark computes the same function."""
+"""Our models against fairseq's with the same weights, both ways: logits, gradients, and what has no counterpart."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train_then_compress.config import RobertaConfig
-from train_then_compress.data.prepare import BOS, PAD
+from train_then_compress.config import ConfigError, RobertaConfig
+from train_then_compress.config.model import TransformerConfig
+from train_then_compress.data.prepare import BOS, EOS, MASK, PAD
+from train_then_compress.models.fairseq.modules import RobertaAtPlaces, TransformerAtPlaces, roberta, transformer
+from train_then_compress.models.fairseq.weights import (
+    ROBERTA,
+    TRANSFORMER,
+    Incompatible,
+    Names,
+    from_fairseq,
+    state_dict,
+)
 from train_then_compress.models.roberta import MaskedLM
+from train_then_compress.models.transformer import Translator
 
 pytest.importorskip("fairseq")
 VOCABULARY, LENGTH = 97, 24
-#: fairseq numbers positions from padding index + 1.
-FIRST_POSITION = PAD + 1
-OF_A_LAYER = {
-    "attention.output": "self_attn.out_proj",
-    "attention_norm": "self_attn_layer_norm",
-    "feed_forward.inner": "fc1",
-    "feed_forward.outer": "fc2",
-    "feed_forward_norm": "final_layer_norm",
-}
+SHAPES = [(2, 48, 16), (3, 32, 32), (4, 64, 16), (6, 40, 8)]
 
 
-@pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "masked_lm_training.py"
-    spec = importlib.util.spec_from_file_location("masked_lm_training", path)
-    assert spec and spec.loader
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def padded(lengths: list[int], first: int | None = None) -> Tensor:
+    """Tokens of several lengths, ended by ``</s>`` and padded; ``first`` stands at the beginning."""
+    tokens = torch.randint(MASK + 1, VOCABULARY, (len(lengths), max(lengths)))
+    for row, end in zip(tokens, lengths, strict=True):
+        row[end - 1], row[end:] = EOS, PAD
+        if first is not None:
+            row[0] = first
+    return tokens
 
 
-def under_our_names(roberta: nn.Module, config: RobertaConfig, of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """``of`` each of fairseq's parameters (their values, their gradients), fused and named as ours."""
-    there = {name: of(parameter) for name, parameter in roberta.named_parameters()}
-    encoder, head = "encoder.sentence_encoder", "encoder.lm_head"
-    found = {"encoder.embedding.weight": there[f"{encoder}.embed_tokens.weight"], "bias": there[f"{head}.bias"]}
-    if config.positions == "learned":
-        found["encoder.positions"] = there[f"{encoder}.embed_positions.weight"][FIRST_POSITION:]
-    modules = {"encoder.embedding_norm": f"{encoder}.layernorm_embedding", "head": f"{head}.dense"}
-    modules["head_norm"] = f"{head}.layer_norm"
-    if config.norm == "pre":
-        modules["encoder.final_norm"] = f"{encoder}.layer_norm"
-    for layer in range(config.depth):
-        ours, theirs = f"encoder.layers.{layer}", f"{encoder}.layers.{layer}"
-        modules |= {f"{ours}.{name}": f"{theirs}.{named}" for name, named in OF_A_LAYER.items()}
-        for kind in ("weight", "bias"):
-            split = [there[f"{theirs}.self_attn.{part}_proj.{kind}"] for part in "qkv"]
-            found[f"{ours}.attention.query_key_value.{kind}"] = torch.cat(split)
-    return found | {f"{a}.{kind}": there[f"{b}.{kind}"] for a, b in modules.items() for kind in ("weight", "bias")}
+def masked_lm_batch() -> tuple[tuple[Tensor, ...], Tensor]:
+    """Tokens and places to predict, none of them padding; what to predict there."""
+    tokens = padded([LENGTH, LENGTH - 1, 15, 7, 3], BOS)
+    where = torch.nonzero((tokens.flatten() > MASK) & (torch.rand(tokens.numel()) < 0.4)).flatten()
+    return (tokens, where), torch.randint(MASK + 1, VOCABULARY, (len(where),))
 
 
-def padded_batch() -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens of several lengths, padded at the end; places to predict, none of them padding; what to predict there."""
-    tokens = torch.randint(5, VOCABULARY, (5, LENGTH))
-    tokens[:, 0] = BOS
-    for row, end in enumerate((LENGTH, LENGTH - 1, 15, 7, 3)):
-        tokens[row, end:] = PAD
-    where = torch.nonzero((tokens.flatten() >= 5) & (torch.rand(tokens.numel()) < 0.4)).flatten()
-    return tokens, where, torch.randint(5, VOCABULARY, (len(where),))
+def translation_batch() -> tuple[tuple[Tensor, ...], Tensor]:
+    """Sources, what the decoder reads, and every place in it; what to predict there."""
+    source, target = padded([7, LENGTH, 3]), padded([9, 4, 11], EOS)
+    where = (target != PAD).flatten().nonzero().squeeze(1)
+    return (source, target, where), torch.randint(MASK + 1, VOCABULARY, (len(where),))
 
 
 def randomize(model: nn.Module) -> None:
@@ -77,50 +60,94 @@ def randomize(model: nn.Module) -> None:
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
 
 
-@pytest.mark.parametrize("norm", ["pre", "post"])
-@pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
-@pytest.mark.parametrize(("depth", "width", "head_size"), [(2, 48, 16), (3, 32, 32)])
-def test_same_weights_same_logits_and_gradients(
-    benchmark: ModuleType, norm: str, positions: str, depth: int, width: int, head_size: int
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def assert_same(
+    ours: nn.Module, theirs: nn.Module, names: Names, batch: Callable[[], tuple[tuple[Tensor, ...], Tensor]]
 ) -> None:
-    torch.manual_seed(0)
-    config = RobertaConfig(depth=depth, width=width, head_size=head_size, norm=norm, positions=positions)
-    theirs = benchmark.FairseqMaskedLM(config, VOCABULARY, LENGTH)
+    """Load their random weights into ours, and compare logits and gradients."""
     randomize(theirs)
-    ours = MaskedLM(config, VOCABULARY, LENGTH)
-    ours.load_state_dict(under_our_names(theirs.roberta, config, torch.Tensor.detach))
-    tokens, where, targets = padded_batch()
-    logits = {}
-    for model in (ours, theirs):
-        logits[model] = model(tokens, where, True)
-        F.cross_entropy(logits[model], targets).backward()
-    torch.testing.assert_close(logits[ours], logits[theirs], rtol=1e-5, atol=1e-5)
-    expected = under_our_names(theirs.roberta, config, lambda parameter: parameter.grad)
-    assert expected.keys() == dict(ours.named_parameters()).keys()
-    for name, parameter in ours.named_parameters():
+    expected = [name for name, _ in ours.named_parameters()]
+    ours.load_state_dict(from_fairseq(theirs.get_submodule("model").state_dict(), names, expected))
+    inputs, targets = batch()
+    logits = [model(*inputs) for model in (ours, theirs)]
+    assert logits[1].std() > 0.3
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+    for result in logits:
+        F.cross_entropy(result, targets).backward()
+    found, wanted = gradients(ours), from_fairseq(gradients(theirs.get_submodule("model")), names, expected)
+    for name in expected:
+        scale = float(wanted[name].abs().max())
+        assert scale > 0
         torch.testing.assert_close(
-            parameter.grad,
-            expected[name],
-            rtol=1e-4,
-            atol=1e-4 * float(expected[name].abs().max()),
-            msg=lambda text, name=name: f"{name}: {text}",
+            found[name], wanted[name], rtol=1e-4, atol=1e-4 * scale, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
-def test_without_padding_the_attention_mask_may_be_left_out(benchmark: ModuleType) -> None:
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
+@pytest.mark.parametrize(("depth", "width", "head_size"), SHAPES)
+def test_masked_lm_has_fairseqs_logits_and_gradients(
+    norm: str, positions: str, depth: int, width: int, head_size: int
+) -> None:
+    torch.manual_seed(0)
+    config = RobertaConfig(depth=depth, width=width, head_size=head_size, norm=norm, positions=positions)  # type: ignore[arg-type]
+    models = MaskedLM(config, VOCABULARY, LENGTH), RobertaAtPlaces(config, VOCABULARY, LENGTH)
+    assert_same(*models, ROBERTA, masked_lm_batch)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
+@pytest.mark.parametrize(("depth", "width", "head_size"), SHAPES)
+def test_translator_has_fairseqs_logits_and_gradients(
+    norm: str, positions: str, depth: int, width: int, head_size: int
+) -> None:
+    torch.manual_seed(0)
+    config = TransformerConfig(depth=depth, decoder_depth=2, width=width, head_size=head_size, norm=norm,
+                               positions=positions, dropout=0.0)  # type: ignore[arg-type]  # fmt: skip
+    models = Translator(config, VOCABULARY, LENGTH), TransformerAtPlaces(config, VOCABULARY, LENGTH)
+    assert_same(*models, TRANSFORMER, translation_batch)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_our_weights_load_into_fairseqs_models_and_come_back(norm: str) -> None:
+    for config, ours, make, names in (
+        (RobertaConfig(depth=2, width=32, head_size=16, norm=norm), MaskedLM, roberta, ROBERTA),  # type: ignore[arg-type]
+        (TransformerConfig(depth=2, width=32, head_size=16, norm=norm), Translator, transformer, TRANSFORMER),  # type: ignore[arg-type]
+    ):
+        model = ours(config, VOCABULARY, LENGTH)  # type: ignore[arg-type]
+        randomize(model)
+        theirs = make(config, VOCABULARY, LENGTH)  # type: ignore[arg-type,operator]
+        missing = theirs.load_state_dict(state_dict(model.state_dict(), names), strict=True).missing_keys
+        assert not missing
+        back = from_fairseq(theirs.state_dict(), names, model.state_dict())
+        assert all(torch.equal(value, back[name]) for name, value in model.state_dict().items())
+
+
+def test_without_padding_the_attention_mask_may_be_left_out() -> None:
     torch.manual_seed(0)
     config = RobertaConfig(depth=2, width=32, head_size=16)
-    theirs = benchmark.FairseqMaskedLM(config, VOCABULARY, LENGTH).eval()
+    theirs, ours = RobertaAtPlaces(config, VOCABULARY, LENGTH).eval(), MaskedLM(config, VOCABULARY, LENGTH).eval()
     randomize(theirs)
-    ours = MaskedLM(config, VOCABULARY, LENGTH).eval()
-    ours.load_state_dict(under_our_names(theirs.roberta, config, torch.Tensor.detach))
+    ours.load_state_dict(from_fairseq(theirs.model.state_dict(), ROBERTA, ours.state_dict()))
     tokens, where = torch.randint(5, VOCABULARY, (3, LENGTH)), torch.tensor([0, 5, 40, 71])
     with torch.inference_mode():
         torch.testing.assert_close(ours(tokens, where, padded=False), theirs(tokens, where), rtol=1e-5, atol=1e-5)
 
 
-def test_the_peer_has_our_parameters_and_two_unused_positions(benchmark: ModuleType) -> None:
-    config = RobertaConfig(depth=2, width=32, head_size=16)
-    theirs, ours = benchmark.FairseqMaskedLM(config, VOCABULARY, LENGTH), MaskedLM(config, VOCABULARY, LENGTH)
-    assert benchmark.parameters(theirs) == benchmark.parameters(ours) + FIRST_POSITION * config.width
-    assert benchmark.parameters(theirs.encoder) == benchmark.parameters(ours.encoder) + FIRST_POSITION * config.width
+def test_what_has_no_counterpart_is_refused_in_words() -> None:
+    config = RobertaConfig(depth=1, width=32, head_size=16)
+    ours = MaskedLM(config, VOCABULARY, LENGTH).state_dict()
+    theirs = state_dict(ours, ROBERTA)
+    head = "encoder.lm_head.weight"
+    with pytest.raises(Incompatible, match=rf"its {head} is not tied to .*embed_tokens"):
+        from_fairseq(theirs | {head: theirs[head] + 1}, ROBERTA, ours)
+    with pytest.raises(Incompatible, match=r"its classification_heads\.x has no counterpart here"):
+        from_fairseq(theirs | {"classification_heads.x": torch.zeros(1)}, ROBERTA, ours)
+    del theirs["encoder.sentence_encoder.layernorm_embedding.weight"]
+    with pytest.raises(Incompatible, match=r"it has no .*layernorm_embedding\.weight"):
+        from_fairseq(theirs, ROBERTA, ours)
+    with pytest.raises(ConfigError, match=r"model\.positions=rotary: fairseq has learned and sinusoidal positions"):
+        transformer(TransformerConfig(depth=1, width=32, head_size=16, positions="rotary"), VOCABULARY, LENGTH)

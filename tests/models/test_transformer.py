@@ -158,6 +158,36 @@ def test_steps_give_what_the_whole_gives_also_when_rows_are_reordered(
             tokens = torch.cat([tokens.flatten(0, 1)[rows].view(len(lengths), 2, -1), new], dim=2)
 
 
+@pytest.mark.parametrize("positions", ["sinusoidal", "learned", "rotary"])
+@settings(max_examples=10)
+@given(
+    st.lists(st.integers(2, 14), min_size=1, max_size=4), st.lists(st.integers(1, 5), max_size=6), st.integers(0, 99)
+)
+def test_several_positions_at_once_give_what_the_whole_gives_also_after_some_are_taken_back(
+    positions: str, lengths: list[int], counts: list[int], seed: int
+) -> None:
+    """Rows of different lengths; after each step some of what was read is forgotten, and now and then a row leaves."""
+    model = translator(shape(positions=positions))
+    generator = torch.Generator().manual_seed(seed)
+    source = padded(lengths, 1)
+    tokens = torch.randint(MASK + 1, VOCABULARY, (len(lengths), LENGTH), generator=generator)
+    with torch.inference_mode():
+        memory, cache = model.remember(source), model.new_ragged_cache(len(lengths))
+        for count in counts:
+            where = cache.lengths[:, None] + torch.arange(count)
+            if int(where.max()) >= LENGTH:
+                break
+            tokens.scatter_(1, where, torch.randint(MASK + 1, VOCABULARY, where.shape, generator=generator))
+            logits = model.step(tokens.gather(1, where), memory, cache)
+            flat = (torch.arange(len(source))[:, None] * LENGTH + where).flatten()
+            assert torch.allclose(logits.flatten(0, 1), model(source, tokens, flat), atol=1e-4)
+            cache.lengths = cache.lengths + torch.randint(0, count + 1, (len(source),), generator=generator)
+            if len(source) > 1 and int(torch.randint(0, 3, (1,), generator=generator)) == 0:
+                left = torch.arange(1, len(source))
+                cache.select(left)
+                memory, source, tokens = memory.select(left), source[left], tokens[left]
+
+
 def test_the_future_and_padding_are_not_seen() -> None:
     model = translator(shape())
     source, target = padded([9, 5], 1), targets([8, 8])

@@ -146,6 +146,8 @@ class Config:
             raise reject("budget.value", self.budget.value,
                          f"too small for optimizer.warmup={self.optimizer.warmup}: "
                          "no step would be left after it")  # fmt: skip
+        if self.model.impl == "fairseq":
+            self._fairseq_can()
         if self.branch_from is not None:
             self._branch_is_possible(self.branch_from)
         self._origin_is_possible()
@@ -194,6 +196,15 @@ class Config:
             raise reject("init_from", None, "task=classification needs the directory of a pretraining run, or "
                          "pretrain=mlm and its settings to make one")  # fmt: skip
         self.pretraining()
+
+    def _fairseq_can(self) -> None:
+        if self.model.positions == "rotary":
+            raise reject("model.impl", "fairseq", "fairseq has no rotary positions; model.positions=learned or "
+                         "sinusoidal")  # fmt: skip
+        if self.runtime.compile:
+            raise reject("runtime.compile", True, "model.impl=fairseq is not compiled")
+        if self.distill is not None:
+            self.distill.check_impl("distill", self.model)
 
     def _branch_is_possible(self, branch: str) -> None:
         parse_milestone("branch_from", branch)

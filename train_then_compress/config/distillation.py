@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from train_then_compress.config.base import config_dataclass, reject
+from train_then_compress.config.model import ModelShape
 
 
 @config_dataclass
@@ -23,6 +24,11 @@ class Teaching:
     alpha: float = Field(0.5, ge=0, le=1)
     hints: Literal["none", "hidden", "relations"] = "none"
     layer_map: Literal["uniform", "last"] = "uniform"
+
+    def check_impl(self, key: str, model: ModelShape) -> None:
+        """Hints are states of our own layers; raises `ConfigError` naming ``key`` for a student that has others."""
+        if self.hints != "none" and model.impl != "native":
+            raise reject(f"{key}.hints", self.hints, f"model.impl={model.impl} gives no hints; model.impl=native does")
 
 
 @config_dataclass

@@ -11,13 +11,17 @@ from train_then_compress.config.base import config_dataclass, reject
 
 @config_dataclass
 class ModelShape:
-    """What every Transformer has: layers of ``width`` units, FFN of ``4 * width``."""
+    """What every Transformer has: layers of ``width`` units, FFN of ``4 * width``.
+
+    ``impl``: whose code computes; ``fairseq`` holds the same parameters under the same names.
+    """
 
     width: int = Field(768, ge=2, le=16384)
     head_size: int = Field(64, ge=2)
     positions: Literal["learned", "sinusoidal", "rotary"] = "learned"
     norm: Literal["pre", "post"] = "pre"
     dropout: float = Field(0.0, ge=0, lt=1)
+    impl: Literal["native", "fairseq"] = "native"
 
     @property
     def heads(self) -> int:

@@ -55,6 +55,8 @@ def parse_recipe(recipe: str, settings: Mapping[str, Any], model: ModelConfig, t
         if task not in config.tasks:
             raise ConfigError(f"recipes: {recipe!r}: {method} works for task={', '.join(config.tasks)} only")
         config.check_task(task)
+        if model.impl not in config.impls:
+            raise ConfigError(f"recipes: {recipe!r}: {method} works for model.impl={', '.join(config.impls)} only")
         config.check(strength, model)
         step = Step(method, strength, config)
         _check_order(recipe, steps, step)

@@ -78,33 +78,33 @@ class _Beams:
         self.model, self.decoding, self.beam = model, decoding, decoding.beam
         self.memory = model.remember(source)
         sentences = len(source)
-        self.cache = model.new_cache(sentences * self.beam)
+        self.cache = model.new_cache(sentences)
         self.numbers = list(range(sentences))
-        self.tokens = source.new_full((sentences, self.beam, 1), EOS)
-        self.totals = precise(model.embedding.weight.new_zeros(sentences, self.beam))
+        self.tokens = source.new_full((sentences, 1, 1), EOS)  # one hypothesis at first
+        self.totals = precise(self.memory.bias.new_zeros(sentences, 1))
         self.room = decoding.room(source, model)
         self.finished: list[list[Hypothesis]] = [[] for _ in range(sentences)]
 
     def step(self) -> None:
         """Extend every hypothesis by a token, put aside those that end, drop sentences that have enough."""
-        length = self.tokens.shape[2]  # of a translation that ends now, </s> included
+        sentences, hypotheses, length = self.tokens.shape  # length: of a translation that ends now, </s> included
         scores, parents, words = self._candidates(length)
         ends = (words == EOS) & scores.isfinite()
         self._put_aside(ends[:, : self.beam], scores, parents, length)
         # Of 2 x beam candidates at most beam end: the best beam of the others go on, in their order. (A beam wider than
-        # what can follow is filled up with candidates that are worth nothing.)
+        # what can follow has fewer, or some that are worth nothing.)
         going_on = ends.to(torch.uint8).argsort(dim=1, stable=True)[:, : self.beam]
         scores = scores.masked_fill(ends, -torch.inf)
         scores, parents, words = (t.gather(1, going_on) for t in (scores, parents, words))
-        rows = torch.arange(len(self.numbers), device=parents.device)[:, None] * self.beam + parents
+        rows = torch.arange(sentences, device=parents.device)[:, None] * hypotheses + parents
         left = [
             i for i, (number, room) in enumerate(zip(self.numbers, self.room.tolist(), strict=True))
             if len(self.finished[number]) < self.beam and length <= room
         ]  # fmt: skip
-        self.numbers, before = [self.numbers[i] for i in left], len(self.numbers)
+        self.numbers = [self.numbers[i] for i in left]
         if not left:
             return
-        if len(left) < before:
+        if len(left) < sentences:
             chosen = torch.tensor(left, dtype=torch.int64, device=rows.device)
             rows, words, scores, self.room = (t.index_select(0, chosen) for t in (rows, words, scores, self.room))
             self.memory = self.memory.select(chosen)
@@ -124,10 +124,8 @@ class _Beams:
         # The best 2 x beam of a sentence are among the best 2 x beam of each of its hypotheses.
         best, words = logits.topk(min(2 * self.beam, logits.shape[2] - len(_FORBIDDEN)), dim=2)
         totals = self.totals[:, :, None] + (best - norm)
-        if length == 1:
-            totals[:, 1:] = -torch.inf  # all hypotheses are still the same
-        width = words.shape[2]
-        scores, places = totals.flatten(1).topk(min(2 * self.beam, self.beam * width), dim=1)
+        _, hypotheses, width = words.shape
+        scores, places = totals.flatten(1).topk(min(2 * self.beam, hypotheses * width), dim=1)
         return scores, places // width, words.flatten(1).gather(1, places)
 
     def _put_aside(self, ends: Tensor, scores: Tensor, parents: Tensor, length: int) -> None:

@@ -29,13 +29,19 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
 
+    def candidates(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        """Of ``probabilities`` [rows, vocabulary] those that may be drawn, the likeliest first, zero for others, and
+        their tokens."""
+        size = probabilities.shape[1]
+        likeliest, words = probabilities.topk(min(self.top_k or size, size), dim=1)
+        before = likeliest.cumsum(dim=1) - likeliest
+        return likeliest.masked_fill(before >= self.top_p, 0), words
+
     def draw(self, probabilities: Tensor, generator: torch.Generator) -> Tensor:
-        """A token for each row of ``probabilities`` [rows, vocabulary] (they need not sum to one): int64 [rows]."""
+        """A token for each row of ``probabilities`` [rows, vocabulary], which need not sum to one: int64 [rows]."""
         if not self.top_k and self.top_p >= 1:
             return probabilities.multinomial(1, generator=generator).squeeze(1)
-        likeliest, words = probabilities.topk(min(self.top_k or probabilities.shape[1], probabilities.shape[1]), dim=1)
-        before = likeliest.cumsum(dim=1) - likeliest
-        kept = likeliest.masked_fill(before >= self.top_p, 0)
+        kept, words = self.candidates(probabilities)
         return words.gather(1, kept.multinomial(1, generator=generator)).squeeze(1)
 
 
@@ -53,7 +59,7 @@ def sample(
         memory, cache = model.remember(source).select(numbers), model.new_cache(len(numbers))
         room = decoding.room(source, model)[numbers]
         tokens = source.new_full((len(numbers), 1), EOS)
-        totals = precise(model.embedding.weight.new_zeros(len(numbers)))
+        totals = precise(memory.bias.new_zeros(len(numbers)))
         while len(numbers):
             length = tokens.shape[1]  # of a translation that ends now, </s> included
             logits = precise(model.step(tokens[:, -1:], memory, cache)[:, 0]) / sampling.temperature

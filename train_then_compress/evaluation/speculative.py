@@ -16,16 +16,16 @@ from train_then_compress.models.transformer import Translator
 
 
 class Speculative:
-    """Greedy decoding of ``model``, ``draft_length`` tokens a pass drafted by ``draft`` (same tokens, at least as many
-    positions); of ``decoding`` the beam is not used. Counts, over everything decoded so far: tokens ``drafted`` (up to
-    a ``</s>``), those ``accepted``, and ``passes`` of each sentence through the large model."""
+    """Greedy decoding of ``model``, ``draft_length`` tokens a pass drafted by ``draft`` (same vocabulary, at least as
+    many positions); of ``decoding`` the beam is not used.
+
+    Counts, over everything decoded so far: tokens ``drafted`` (up to a ``</s>``), those ``accepted``, and ``passes`` of
+    each sentence through the large model.
+    """
 
     def __init__(self, model: Translator, draft: Translator, draft_length: int, decoding: Decoding):
-        if draft.length < model.length or draft.embedding.num_embeddings != model.embedding.num_embeddings:
-            raise ValueError(
-                f"the draft has {draft.embedding.num_embeddings} tokens and {draft.length} positions, the model "
-                f"{model.embedding.num_embeddings} and {model.length}: tokens must be the same, positions no fewer"
-            )
+        if draft.length < model.length:
+            raise ValueError(f"the draft has {draft.length} positions; the model's {model.length} are needed")
         self.model, self.draft, self.draft_length, self.decoding = model, draft, draft_length, decoding
         self.drafted = self.accepted = self.passes = 0
 
@@ -62,7 +62,7 @@ class _Sentences:
         self.room = settings.decoding.room(source, settings.model)
         self.tokens = source.new_full((len(source), settings.model.length + 1), EOS)
         self.lengths = source.new_ones(len(source))
-        self.totals = precise(settings.model.embedding.weight.new_zeros(len(source)))
+        self.totals = precise(self.memory.bias.new_zeros(len(source)))
         self.found: list[list[Hypothesis]] = [[] for _ in source]
 
     def advance(self) -> None:

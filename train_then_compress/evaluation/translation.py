@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from tokenizers import Tokenizer
@@ -22,8 +23,8 @@ def translate(
 ) -> list[str]:
     """The best translation of each source that beam search finds, in their order; see `decode_lines`."""
     found = decode_lines(
-        lambda batch: beam_search(model, batch, decoding), encode(tokenizer, sources, model.length), batch_tokens,
-        model.embedding.weight.device,
+        partial(beam_search, model, decoding=decoding), encode(tokenizer, sources, model.length), batch_tokens,
+        next(model.parameters()).device,
     )  # fmt: skip
     return [detokenize(tokenizer, hypotheses[0].tokens) if hypotheses else "" for hypotheses in found]
 

@@ -11,8 +11,9 @@ from torch import nn
 
 from train_then_compress.compression.compressed import Compressed
 from train_then_compress.compression.packing import unpack
-from train_then_compress.config import ClassificationTask, Config
+from train_then_compress.config import ClassificationTask, Config, ParallelConfig, TransformerConfig
 from train_then_compress.models.roberta import Classifier, MaskedLM
+from train_then_compress.models.transformer import Translator
 from train_then_compress.records import DENSE_STAGES, RunDirectory, read_json, read_rows
 
 
@@ -33,12 +34,14 @@ class Point:
 
     @property
     def model(self) -> nn.Module:
-        """A `MaskedLM` or `Classifier` (its layers may have been changed) in fp32, ready to infer."""
+        """A `MaskedLM`, `Classifier` or `Translator` (its layers may have been changed) in fp32, ready to infer."""
         return self.compressed.model.eval()
 
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence that the model takes."""
+        if isinstance(self.model, Translator):
+            return self.model.length
         length: int = self.model.get_submodule("encoder").length  # type: ignore[assignment]
         return length
 
@@ -75,14 +78,25 @@ def find_point(text: str) -> Point:
     return Point(name, config, compressed, dense / "tokenizer.json", vocab_size, labels)
 
 
+def find_translator(text: str) -> tuple[Point, Translator]:
+    """As `find_point`, and its model; `ExportError` for one that does not translate."""
+    point = find_point(text)
+    if not isinstance(point.model, Translator):
+        raise ExportError(f"{text}: a model of task={point.config.task.name}; only those of task=translation translate")
+    return point, point.model
+
+
 def split_name(text: str) -> tuple[Path, str]:
     """Run directory and recipe."""
     directory, colon, recipe = text.rpartition(":")
     return (Path(directory), recipe) if colon and not Path(text).is_dir() else (Path(text), "none")
 
 
-def new_model(config: Config, vocab_size: int, labels: list[str]) -> MaskedLM | Classifier:
+def new_model(config: Config, vocab_size: int, labels: list[str]) -> MaskedLM | Classifier | Translator:
     """A dense model of a run's shape."""
+    if isinstance(config.model, TransformerConfig):
+        return Translator(config.model, vocab_size, config.model.length)
+    assert not isinstance(config.data, ParallelConfig)
     length = config.longest or config.data.sequence_length
     if isinstance(config.task, ClassificationTask):
         shape = dataclasses.replace(config.model, dropout=config.task.dropout)

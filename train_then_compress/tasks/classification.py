@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train_then_compress.config import ClassificationTask as TaskSettings
-from train_then_compress.config import Config
+from train_then_compress.config import Config, LabelledConfig, RobertaConfig
 from train_then_compress.config.base import reject
 from train_then_compress.cost.flops import forward_flops
 from train_then_compress.data.examples import Labelled, LabelledBatch, LabelledBatches, batch_of
 from train_then_compress.data.prepare import PAD
 from train_then_compress.evaluation.predictions import prediction_facts, prediction_sums
 from train_then_compress.models.early_exit import EarlyExitClassifier
+from train_then_compress.models.fairseq.modules import implemented
 from train_then_compress.models.roberta import Classifier
 from train_then_compress.training import parallel
 from train_then_compress.training.task import Counts, Quality
@@ -53,7 +54,7 @@ class ClassificationTask:
     measure: ClassVar[str] = "accuracy"
 
     def __init__(self, config: Config, data: Labelled, seed: int):
-        assert isinstance(config.task, TaskSettings)
+        assert isinstance(config.data, LabelledConfig) and isinstance(config.task, TaskSettings)
         self.config, self.data, self.vocab_size = config, data, data.vocab_size
         self.device = torch.device(config.runtime.device)
         self.length = config.data.sequence_length
@@ -98,14 +99,14 @@ class ClassificationTask:
 
     def model_of(self, config: Config) -> Classifier:
         """A classifier of some run's shape, for the sequences and labels of this task."""
-        assert isinstance(config.task, TaskSettings)
+        assert isinstance(config.model, RobertaConfig) and isinstance(config.task, TaskSettings)
         shape = dataclasses.replace(config.model, dropout=config.task.dropout)
         return Classifier(shape, self.vocab_size, config.longest or self.length, len(self.data.labels))
 
     def new_model(self) -> Classifier:
         """A model initialized from the config's seed; the encoder's place is for pretrained weights."""
         torch.manual_seed(self.config.seed)
-        return self.model_of(self.config).to(self.device)
+        return implemented(self.model_of(self.config), self.config.model.impl).to(self.device)
 
     def load_origin(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         """Put the encoder of a masked LM's weights into a classifier."""

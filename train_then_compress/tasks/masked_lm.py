@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train_then_compress.config import Config, CorpusConfig
+from train_then_compress.config import Config, CorpusConfig, RobertaConfig
 from train_then_compress.config import MaskedLMTask as TaskSettings
 from train_then_compress.cost.flops import EVALUATION_MASK_RATE, forward_flops
 from train_then_compress.data.masked import MaskedBatch, Sequences, TrainingBatches, evaluation_batch
 from train_then_compress.data.prepare import PAD, Prepared
 from train_then_compress.evaluation.predictions import IGNORED, fill_up, perplexity, prediction_facts, prediction_sums
+from train_then_compress.models.fairseq.modules import implemented
 from train_then_compress.models.roberta import MaskedLM
 from train_then_compress.training import parallel
 from train_then_compress.training.task import Counts, Quality
@@ -84,12 +85,13 @@ class MaskedLMTask:
 
     def model_of(self, config: Config) -> MaskedLM:
         """A masked LM of some run's shape, for the sequences of this task."""
+        assert isinstance(config.model, RobertaConfig)
         return MaskedLM(config.model, self.vocab_size, config.longest or self.length)
 
     def new_model(self) -> MaskedLM:
         """A model initialized from the config's seed."""
         torch.manual_seed(self.config.seed)
-        return self.model_of(self.config).to(self.device)
+        return implemented(self.model_of(self.config), self.config.model.impl).to(self.device)
 
     def load_origin(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         """Put the weights of another masked LM into the model."""

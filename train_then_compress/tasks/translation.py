@@ -29,6 +29,7 @@ from train_then_compress.evaluation.predictions import (
     prediction_sums,
 )
 from train_then_compress.evaluation.translation import translate
+from train_then_compress.models.fairseq.modules import implemented
 from train_then_compress.models.transformer import Translator
 from train_then_compress.training import parallel
 from train_then_compress.training.task import Counts, Quality
@@ -116,7 +117,7 @@ class TranslationTask:
 
     def flops_per_token(self, model: nn.Module, nonzero: bool = False) -> float:
         """Forward FLOPs of a test pair of mean length, as in training, for each of its target tokens."""
-        source, target = map(round, self._splits["test"].lengths.mean(axis=0).tolist())
+        source, target = (round(float(mean)) for mean in self._splits["test"].lengths.mean(axis=0))
         return forward_flops(model, nonzero).translating((1, source), (1, target), target) / target
 
     def model_of(self, config: Config) -> Translator:
@@ -127,7 +128,7 @@ class TranslationTask:
     def new_model(self) -> Translator:
         """A model initialized from the config's seed."""
         torch.manual_seed(self.config.seed)
-        return self.model_of(self.config).to(self.device)
+        return implemented(self.model_of(self.config), self.config.model.impl).to(self.device)
 
     def load_origin(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         """Put the weights of another translator into the model."""
@@ -152,7 +153,8 @@ class TranslationTask:
         where = np.flatnonzero(batch.labels != PAD)
         targets = batch.labels.flatten()[where]
         arrays = (batch.source, batch.target, *fill_up(where, targets))
-        return Part(*(torch.from_numpy(array).to(self.device) for array in arrays), terms=len(targets))
+        tensors = [torch.from_numpy(array).to(self.device) for array in arrays]
+        return Part(tensors[0], tensors[1], tensors[2], tensors[3], len(targets))
 
     def logits(self, model: nn.Module, part: Part) -> Tensor:
         """[n, vocabulary]: those of the first ``part.terms`` places are predictions, the rest fill up."""

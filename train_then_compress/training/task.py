@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, Protocol, Self
 
 from torch import Tensor, nn
 
@@ -53,13 +53,11 @@ def text_at(piece: Any, name: str) -> Tensor:
 
 
 class Task(Protocol):
-    """A source of batches, a loss, and an evaluation. ``measure`` is the name of the value that its quality has.
+    """A source of batches, a loss, and an evaluation.
 
     A piece of a batch has ``tokens`` [sequences, length], ``terms``, the number of its predictions, and ``terms_each``,
     those of each sequence [sequences]; where there is a decoder, ``target`` [sequences, length]: what that reads.
     """
-
-    measure: ClassVar[str]
 
     def with_seed(self, seed: int) -> Self:
         """The same task with its training batches drawn from another seed."""

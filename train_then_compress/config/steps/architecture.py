@@ -26,6 +26,7 @@ class Structured(StepConfig):
 
     phase: ClassVar[Phase] = "architecture"
     explained: ClassVar[str] = "structuredP: P % of heads and FFN units (or layers) removed, step by step"
+    impls: ClassVar[tuple[str, ...]] = ("native",)
     units: list[Unit] = Field(default_factory=lambda: list[Unit](("heads", "ffn")), min_length=1)
     importance: Literal["taylor", "magnitude"] = "taylor"
     scope: Literal["layer", "global"] = "layer"
@@ -67,6 +68,7 @@ class Svd(StepConfig):
 
     phase: ClassVar[Phase] = "architecture"
     explained: ClassVar[str] = "svdP: linear layers as two of low rank, P % of their weights"
+    impls: ClassVar[tuple[str, ...]] = ("native",)
     rank: Literal["bytes", "energy"] = "bytes"
     weighting: Literal["none", "activations"] = "activations"
     calibration_batches: int = Field(16, ge=1)
@@ -89,6 +91,7 @@ class Exit(StepConfig):
     phase: ClassVar[Phase] = "architecture"
     explained: ClassVar[str] = "exitC: an example leaves at the first head that is C % sure"
     tasks: ClassVar[tuple[str, ...]] = ("classification",)
+    impls: ClassVar[tuple[str, ...]] = ("native",)
     every: int = Field(1, ge=1)
     trunk: Literal["frozen", "joint"] = "frozen"
     steps: int = Field(500, ge=1)

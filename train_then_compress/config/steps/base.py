@@ -20,13 +20,15 @@ class StepConfig:
     """A method's settings.
 
     ``phase`` orders the steps of a recipe; ``explained`` is the method's line below a figure; ``has_strength`` is
-    false for a step that is written without a number; ``tasks`` names the tasks it makes sense for.
+    false for a step that is written without a number; ``tasks`` names the tasks it makes sense for, ``impls`` the
+    values of ``model.impl``: what looks into layers or changes their shapes needs our own.
     """
 
     phase: ClassVar[Phase]
     explained: ClassVar[str]
     has_strength: ClassVar[bool] = True
     tasks: ClassVar[tuple[str, ...]] = ("mlm", "classification", "translation")
+    impls: ClassVar[tuple[str, ...]] = ("native", "fairseq")
 
     def check(self, strength: int, model: ModelConfig) -> None:
         """Raise `ConfigError` unless the method takes this strength and fits this model."""

@@ -130,6 +130,7 @@ class Wanda(StepConfig):
 
     phase: ClassVar[Phase] = "pruning"
     explained: ClassVar[str] = "wandaP: P % of each row's weights zero, by magnitude times norm of the inputs"
+    impls: ClassVar[tuple[str, ...]] = ("native",)
     calibration_batches: int = Field(8, ge=1)
     embeddings: bool = True
     recovery: Recovery = Field(default_factory=Recovery)
@@ -160,6 +161,8 @@ class Semi(StepConfig):
             raise ConfigError(f"recipes: semi{strength}: 2 of every 4 weights are zero: the strength must be 50")
         if model.width % 4:
             raise reject("model.width", model.width, "semi50 needs a multiple of 4, the group in which 2 weights go")
+        if self.criterion == "wanda" and model.impl not in Wanda.impls:
+            raise reject("steps.semi.criterion", self.criterion, f"works for model.impl={', '.join(Wanda.impls)} only")
         self.training.check("semi")
 
     def check_task(self, task: str) -> None:

@@ -43,6 +43,7 @@ class Gptq(Quant):
     """
 
     explained: ClassVar[str] = "gptqB: weights of B bits, rounded by GPTQ"
+    impls: ClassVar[tuple[str, ...]] = ("native",)
     method: ClassVar[str] = "gptq"
     granularity: Literal["channel", "group"] = "group"
     activation_order: bool = False
@@ -100,6 +101,7 @@ class Smooth(StepConfig):
 
     phase: ClassVar[Phase] = "quantization"
     explained: ClassVar[str] = "smooth8: weights and activations of 8 bits, smoothed (activations simulated)"
+    impls: ClassVar[tuple[str, ...]] = ("native",)
     alpha: float | None = Field(0.5, ge=0, le=1)
     activations: Literal["dynamic", "static"] = "dynamic"
     granularity: Literal["tensor", "channel"] = "tensor"

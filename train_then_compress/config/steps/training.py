@@ -8,6 +8,7 @@ from pydantic import Field
 
 from train_then_compress.config.base import config_dataclass
 from train_then_compress.config.distillation import Teaching
+from train_then_compress.config.model import ModelConfig
 from train_then_compress.config.steps.base import Phase, StepConfig
 
 
@@ -23,6 +24,10 @@ class Distill(Teaching, StepConfig):
     has_strength: ClassVar[bool] = False
     steps: int = Field(500, ge=1)
     lr_factor: float = Field(0.3, gt=0, le=10)
+
+    def check(self, strength: int, model: ModelConfig) -> None:
+        """Hints are taken from inside our own layers."""
+        self.check_impl("steps.distill", model)
 
 
 @config_dataclass

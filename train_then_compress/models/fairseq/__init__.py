@@ -1,0 +1,1 @@
+"""The bridge to fairseq: weights both ways, its modules under our parameters, its published checkpoints."""
