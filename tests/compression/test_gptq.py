@@ -283,8 +283,11 @@ def test_calibration_tokens_stand_in_the_ledger(
     task = build_task(name)
     bench = bench_of(task, tmp_path)
     run_gptq(Compressed(task.new_model()), bench, calibration_batches=batches)
-    drawn = [task.with_seed(bench.seed).batch(step).tokens for step in range(batches)]
-    assert bench.ledger.calibration_tokens == sum(int((tokens != PAD).sum()) for tokens in drawn) > 0
+    drawn = [task.with_seed(bench.seed).batch(step) for step in range(batches)]
+    texts = [
+        text for batch in drawn for text in ((batch.source, batch.target) if name == "translation" else (batch.tokens,))
+    ]
+    assert bench.ledger.calibration_tokens == sum(int((text != PAD).sum()) for text in texts) > 0
 
 
 @pytest.mark.parametrize("name", ["mlm", "classification", "translation"])

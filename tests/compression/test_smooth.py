@@ -193,7 +193,7 @@ def test_static_ranges_are_those_of_real_positions_in_calibration(outlying: Make
         observers[name] = observer
 
         def observe(module: nn.Module, inputs: tuple[Tensor]) -> None:
-            of_target = name.startswith("decoder") and "key_value" not in name
+            of_target = name.startswith("decoder") and not name.endswith(".key_value")
             observer(inputs[0][(parts[-1].target if of_target else parts[-1].tokens) != PAD])
 
         return observe
