@@ -106,7 +106,12 @@ def test_the_tables_of_this_test_name_every_setting() -> None:
         leaves |= {name for name in names if not name.startswith("data.")}
     tested = {*COUNTED, *UNCOUNTED, *TIMED, "branch_from", "budget.kind", "task.name", "model.name", "optimizer.name"}
     tested |= {"init_from", "pretrain", "distill"}  # below, tests/test_finetuning.py and tests/test_teacher.py
+    tested.add("model.impl")  # in the next test: it does not go with every other setting
     assert leaves | {"data.sequence_length", "data.fraction"} == tested
+
+
+def test_whose_code_computes_counts() -> None:
+    assert planned({}).dense.id != planned({"model.impl": "fairseq"}).dense.id
 
 
 @given(settings(COUNTED), settings(UNCOUNTED, TIMED), st.sampled_from(["steps", "tokens", "flops"]))
@@ -143,6 +148,28 @@ def test_a_default_that_is_written_out_does_not_count(flat: dict[str, Any], data
     groups = data.draw(st.sets(st.sampled_from(["task", "model", "optimizer", "evaluation", "checkpoint", "runtime"])))
     spelled = nested(flat) | {group: whole[group] for group in groups}
     assert plan(Config.build(spelled), "d", MACHINE) == plan(config, "d", MACHINE)
+
+
+#: Settings, and what version 0 named the run, the stages of prune30+quant4 and the two points.
+KNOWN: list[tuple[dict[str, Any], str]] = [
+    ({"data": TEXT, "budget": {"kind": "steps"}},
+     "mlm-d12-w768-steps600-s0-037433f0 prune15-1ca062e6 prune30-91521409 quant4-2b867806 50a753c8 cfaa455c"),
+    ({"data": TEXT, "evaluation": {"test_sequences": 9, "validation_sequences": 8},
+      "optimizer": {"batch_size": 8, "schedule": "wsd"}, "model": {"depth": 2, "width": 64, "positions": "rotary"}},
+     "mlm-d2-w64-seconds600-s0-6cbcedc9 prune15-c9e675f5 prune30-78ea953d quant4-28e84e7a dd35c44d 8c560984"),
+    ({"task": {"name": "classification"}, "data": {"name": "rotten_tomatoes"}, "pretrain": {},
+      "budget": {"kind": "epochs", "value": 3}},
+     "rotten_tomatoes-d12-w768-epochs3-s0-db33bd2e prune15-06637289 prune30-89d18992 quant4-aa745522 618803c3 "
+     "e4be6de0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("values, names", KNOWN)
+def test_runs_that_stand_keep_their_names(values: dict[str, Any], names: str) -> None:
+    config = Config.build(values | {"recipes": ["none", "prune30+quant4"]})
+    found = plan(config, "d", MACHINE, "o" if config.pretrain is not None else None)
+    stages = [key.directory for key in found.recipes["prune30+quant4"]]
+    assert " ".join([found.run_name, *stages, *(point[:8] for point in found.points.values())]) == names
 
 
 def test_what_bleu_depends_on_counts_for_points_but_not_for_training() -> None:

@@ -67,6 +67,7 @@ def _speed(stored: nn.Module, task: RunTask) -> dict[str, Any]:
     model, sources = stored, encode(task.tokenizer, task.pairs.texts("test")[0][:_SENTENCES], stored.length)
 
     def translated(batches: list[list[list[int]]], beam: int) -> int:
+        """Target tokens of the best hypotheses, ``</s>`` included."""
         decoding, tokens = task.decoding(beam), 0
         for batch in batches:
             found = decode_lines(lambda source: beam_search(model, source, decoding), batch, DECODED_AT_ONCE,

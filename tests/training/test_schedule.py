@@ -40,7 +40,7 @@ def test_inverse_sqrt_is_fairseqs_where_progress_is_the_share_of_updates() -> No
         InverseSquareRootSchedule,
     )
 
-    optimizer = FairseqAdam(FairseqAdamConfig(lr=[0.5]), [torch.nn.Parameter(torch.zeros(1))])
+    optimizer = FairseqAdam(FairseqAdamConfig(lr=[0.5], adam_betas="(0.9, 0.98)"), [torch.nn.Parameter(torch.zeros(1))])
     theirs = InverseSquareRootSchedule(InverseSquareRootLRScheduleConfig(warmup_updates=40, lr=[0.5]), optimizer)
     ours = schedule(OptimizerConfig(lr=0.5, schedule="inverse_sqrt", warmup=0.04))
     for updates in (0, 1, 17, 39, 40, 41, 500, 1000):
