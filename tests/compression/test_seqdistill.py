@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from train_then_compress.cell import locate
 from train_then_compress.compression import seqdistill
 from train_then_compress.compression.compressed import matrices
 from train_then_compress.config import Config, ConfigError
@@ -21,7 +23,9 @@ from train_then_compress.cost.flops import forward_flops
 from train_then_compress.data.pairs import PairSplit
 from train_then_compress.data.prepare import BOS, EOS, MASK, PAD
 from train_then_compress.evaluation.decoding import Decoding, beam_search
+from train_then_compress.evaluation.translation import decode_lines
 from train_then_compress.records import Damaged
+from train_then_compress.run import Run
 from train_then_compress.training import interrupt
 
 SENTENCES = 10
@@ -160,6 +164,26 @@ def test_interrupted_while_it_decodes_or_trains_it_ends_in_the_same_weights(
         assert torch.equal(parameter, resumed.model.get_parameter(name)), name
 
 
+def test_a_whole_run_decodes_once_and_its_rows_say_what_it_cost(
+    build_task: Callable[..., Any], untimed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(
+        seqdistill, "decode_lines", lambda *arguments: calls.append(arguments) or decode_lines(*arguments)
+    )
+    config = build_task("translation").config
+    settings = {"sentences": SENTENCES, "beam": 2, "steps": 3}
+    cell = locate(config.changed(recipes=["none", "seqdistill", "seqdistill+quant4"], steps={"seqdistill": settings}))
+    Run(cell).work()
+    rows = {row["recipe"]: row for row in cell.directory.points().values()}
+    record = cell.directory.stage_record(cell.plan.recipes["seqdistill"][0])
+    assert record is not None and len(calls) == 1
+    for recipe in ("seqdistill", "seqdistill+quant4"):
+        assert rows[recipe]["compress_flops"] == record["clock"]["flops"] + record["decoding"]["flops"]
+        assert rows[recipe]["compress_steps"] == 3 and rows[recipe]["compress_seconds"] > record["decoding"]["seconds"]
+    assert rows["none"]["compress_flops"] == 0 and rows["seqdistill+quant4"]["bytes"] < rows["none"]["bytes"] / 2
+
+
 def test_a_damaged_piece_is_named(teaching: Callable[..., Any]) -> None:
     place = teaching()
     said_by_teacher(place)
@@ -179,8 +203,6 @@ def test_more_sentences_than_there_are_are_all(teaching: Callable[..., Any], mon
 
 def piece_of(count: int) -> bytes:
     """A file of so many pairs of a token and nothing."""
-    import io
-
     file = io.BytesIO()
     lengths = np.tile([1, 0], count)
     np.savez(file, tokens=np.full(count, 7, dtype=np.uint16), lengths=lengths, flops=1.0, seconds=1.0)
