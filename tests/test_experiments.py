@@ -58,13 +58,14 @@ def test_every_cell_takes_two_steps(
         splits = [f"data.{split}={parallel_files / split}" for split in ("train", "valid", "test")]
         small = ["data=parallel_files", *splits, "data.target=xx", "data.vocab_size=400", "budget.kind=steps",
                  "budget.value=2", "optimizer.batch_tokens=128", "optimizer.warmup=0", "evaluation.points=1",
-                 "evaluation.bleu_sentences=2", "evaluation.test_sequences=4"]  # fmt: skip
+                 "evaluation.bleu_sentences=2", "evaluation.test_sequences=4", "evaluation.max_ratio=0",
+                 "evaluation.max_extra=4"]  # fmt: skip
     else:
         small = ["data=text_files", *text]
     small += [f"paths.cache={cache}", f"paths.runs={tmp_path}", "evaluation.validation_sequences=4", *QUICK]
     if experiment == "compression_methods":  # whose question is not the shape
         small += ["model.depth=2", "model.width=64"]
-    monkeypatch.setattr(latency, "measure", partial(latency.measure, seconds=0.0))
+    monkeypatch.setattr(latency, "measure", partial(latency.measure, seconds=0.0, least=1))
     monkeypatch.setattr(point, "example_latency", partial(latency.example_latency, seconds=0.0))
     configs, errors = sweep.compose([f"experiment={experiment}", *small])
     assert not errors

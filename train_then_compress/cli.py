@@ -210,6 +210,19 @@ def prepare_corpus(
     raise typer.Exit(sweep.prepare_only(name, overrides or []))
 
 
+@data.command("export")
+def export_corpus(
+    name: str,
+    to: Annotated[str, typer.Option("--to", help="fairseq: what fairseq-preprocess would have written.")],
+    out: Annotated[Path, typer.Option(help="The directory to make.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="More overrides, e.g. data.vocab_size=2048.")] = None,
+) -> None:
+    """Write a prepared corpus, text or sentence pairs, in a form that another library reads."""
+    from train_then_compress import sweep
+
+    raise typer.Exit(sweep.export_corpus(name, to, out, overrides or []))
+
+
 def _directory(study: Path, runs: Path) -> Path:
     for candidate in (study, runs / study):
         if candidate.is_dir():

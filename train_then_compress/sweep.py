@@ -15,13 +15,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, get_args
 
 import hydra
 import yaml
+from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -29,6 +31,7 @@ from train_then_compress.cell import Cell, adopt, find_teacher, locate
 from train_then_compress.config import (
     Config,
     ConfigError,
+    LabelledConfig,
     LabelledCorpora,
     ParallelCorpora,
     TrackerConfig,
@@ -37,6 +40,8 @@ from train_then_compress.config import (
 from train_then_compress.config.base import reject
 from train_then_compress.cost import machine
 from train_then_compress.data.corpora import CorpusError
+from train_then_compress.data.examples import Labelled
+from train_then_compress.data.fairseq_export import export_fairseq
 from train_then_compress.data.pairs import Pairs
 from train_then_compress.data.prepare import Prepared
 from train_then_compress.records import Busy, Damaged, read_json
@@ -112,15 +117,11 @@ def _check_machine(waiting: list[Cell]) -> None:
 
 def prepare_only(name: str, overrides: list[str]) -> int:
     """Prepare the corpus ``name``, for labelled text also the text that its tokenizer is trained on; say what it is."""
-    unit, needed = "tokens", list[str]()
-    if name in corpora_of(LabelledCorpora):
-        unit, needed = "examples", ["task=classification", "pretrain=mlm"]
-    elif name in corpora_of(ParallelCorpora):
-        unit, needed = "pairs", ["task=translation", "model=transformer"]
-    configs, errors = compose([f"data={name}", *needed, *overrides])
+    configs, errors = _compose_corpus(name, overrides)
     try:
         for config in configs:
             record = locate(config).data.record
+            unit = next(unit for unit in ("examples", "pairs", "tokens") if unit in record["splits"]["train"])
             counts = ", ".join(f"{split} {count[unit]:,}" for split, count in record["splits"].items())
             labels = f"; labels {', '.join(record['labels'])}" if "labels" in record else ""
             print(f"{name}: {unit} {counts}{labels}; vocabulary {record['vocab_size']:,}; {record['licence']}")
@@ -128,6 +129,35 @@ def prepare_only(name: str, overrides: list[str]) -> int:
         errors.append(str(error))
     print("".join(f"error: {error}\n" for error in errors), end="", file=sys.stderr)
     return 2 if errors else 0
+
+
+def export_corpus(name: str, to: str, out: Path, overrides: list[str]) -> int:
+    """Prepare the corpus ``name`` and write it to the directory ``out`` in a form that another library reads."""
+    configs, errors = _compose_corpus(name, overrides)
+    try:
+        if to != "fairseq":
+            raise ConfigError(f"--to {to}: no such format; known is fairseq")
+        for config in configs:
+            if isinstance(config.data, LabelledConfig):
+                raise reject("data", name, "labelled text has no such form; text and sentence pairs have")
+            data = locate(config).data
+            assert not isinstance(data, Labelled)
+            export_fairseq(data, out)
+            print(out)
+    except (ConfigError, CorpusError, FileExistsError) as error:
+        errors.append(str(error))
+    print("".join(f"error: {error}\n" for error in errors), end="", file=sys.stderr)
+    return 2 if errors else 0
+
+
+def _compose_corpus(name: str, overrides: list[str]) -> tuple[list[Config], list[str]]:
+    """As `compose`, with what the kind of corpus needs."""
+    needed = []
+    if name in corpora_of(LabelledCorpora):
+        needed = ["task=classification", "pretrain=mlm"]
+    elif name in corpora_of(ParallelCorpora):
+        needed = ["task=translation", "model=transformer"]
+    return compose([f"data={name}", *needed, *overrides])
 
 
 def corpora_of(kinds: Any) -> list[str]:
@@ -269,6 +299,19 @@ def _hydra(arguments: list[str], task: Callable[[DictConfig], None]) -> None:
     """Run a task function under Hydra's own command line, ``arguments`` unchanged."""
     kept, sys.argv = sys.argv, ["ttc run", *arguments]
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name="run")(task)()
+        with own_groups():
+            hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name="run")(task)()
     finally:
         sys.argv = kept
+
+
+@contextmanager
+def own_groups() -> Iterator[None]:
+    """Hide the groups that other libraries have registered under the names of ours: Hydra would merge
+    ``task/translation`` with fairseq's, where that was imported."""
+    store = ConfigStore.instance().repo
+    hidden = {path.name: store.pop(path.name) for path in conf_directory().iterdir() if path.name in store}
+    try:
+        yield
+    finally:
+        store.update(hidden)

@@ -29,7 +29,7 @@ from train_then_compress.config import (
     parse_recipe,
 )
 from train_then_compress.config.steps import STEPS, OneShot, Prune, Quant
-from train_then_compress.sweep import corpora_of
+from train_then_compress.sweep import corpora_of, own_groups
 
 CONF = conf_directory()
 TEXT = {"name": "text_files", "train": "corpus.txt"}
@@ -309,7 +309,7 @@ def test_every_method_has_its_file_and_the_main_file_has_every_key() -> None:
 
 def composed(*overrides: str) -> dict[str, Any]:
     """What Hydra hands to the task function, without the node that `ttc run` drops."""
-    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+    with own_groups(), initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
         values: Any = OmegaConf.to_container(compose("run", list(overrides)), resolve=True)
     values.pop("experiment", None)
     return dict(values)
@@ -338,6 +338,14 @@ def test_a_group_file_composes_and_is_valid(path: Path) -> None:
     assert dataclasses.asdict(getattr(Config.build(values), group)) == expected
 
 
+def test_what_fairseq_registers_with_hydra_is_no_part_of_ours() -> None:
+    pytest.importorskip("fairseq")
+    import fairseq.tasks  # noqa: F401
+
+    config = Config.build(composed(*TRANSLATION))
+    assert config.task.name == "translation" and config.model.name == "transformer"
+
+
 def test_pretraining_takes_the_settings_of_a_masked_lm() -> None:
     """The groups of `pretrain` compose like those of a run of its own, which then has the same identity."""
     within = Config.build(composed(*FINETUNING, "data@pretrain.data=debian_docs", "pretrain.budget.value=5"))
@@ -357,7 +365,7 @@ def test_whatever_else_lies_there_is_laid_over_the_whole_config_by_an_experiment
 
 def cells(experiment: str) -> list[list[str]]:
     """Every combination of the values that an experiment sweeps, as overrides."""
-    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+    with own_groups(), initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
         whole = compose("run", [f"experiment={experiment}"], return_hydra_config=True)
     params = OmegaConf.to_container(whole.hydra.sweeper.params) if whole.hydra.sweeper.params else {}
     parser = OverridesParser.create()
@@ -371,7 +379,7 @@ def cells(experiment: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("width", [32, 64, 256])
 def test_at_cpu_scale_the_rate_falls_as_one_over_the_width(width: int) -> None:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with own_groups(), initialize_config_dir(str(CONF), version_base="1.3"):
         whole = compose("run", ["+scale=cpu", f"model.width={width}"])
     assert whole.optimizer.lr == 0.32 / width
 

@@ -8,6 +8,7 @@ import sys
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -27,11 +28,16 @@ from train_then_compress.data.labelled import Example, load_labelled, rotten_tom
 @pytest.mark.parametrize("path", sorted(conf_directory().glob("data/*.yaml")), ids=lambda path: path.stem)
 def test_shipped_settings_list_every_key_and_are_valid(path: Path) -> None:
     values = yaml.safe_load(path.read_text())
-    task = {"task": {"name": "classification"}, "pretrain": {}} if "vocab_size" not in values else {}
-    if values["name"] in ("text_files", "csv_files"):
-        with pytest.raises(ConfigError, match=r"data\.train"):
+    kinds: dict[str, dict[str, Any]] = {
+        "text": {}, "labelled": {"task": {"name": "classification"}, "pretrain": {}},
+        "parallel": {"task": {"name": "translation"}, "model": {"name": "transformer"}},
+    }  # fmt: skip
+    task = kinds["parallel" if "target" in values else "text" if "vocab_size" in values else "labelled"]
+    missing = {"text_files": "train", "csv_files": "train", "parallel_files": "train", "fairseq_bin": "path"}
+    if (key := missing.get(values["name"])) is not None:
+        with pytest.raises(ConfigError, match=rf"data\.{key}"):
             Config.build({"data": values, **task})
-        values["train"] = "somewhere"
+        values[key] = "somewhere"
     config = Config.build({"data": values, **task}).data
     assert next(iter(values)) == "name"
     assert set(values) == set(type(config).__dataclass_fields__)

@@ -1,8 +1,8 @@
-"""Parallel text: alignment, filters, splits without leakage, batches by tokens; through files, no network."""
+"""Parallel text: filters, splits without leakage, tokens, batches by tokens."""
 
 from __future__ import annotations
 
-import sys
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from train_then_compress.config import ConfigError
-from train_then_compress.config.parallel import DebianPairs, ParallelConfig, ParallelFiles
+from train_then_compress.config.parallel import ParallelFiles, ParallelText
 from train_then_compress.data.pairs import PairBatches, PairSplit, batch_of, prepare_pairs, split_pairs
-from train_then_compress.data.parallel import Pair, ParallelCorpus, load_parallel
-from train_then_compress.data.prepare import EOS, PAD
+from train_then_compress.data.parallel import Pair, ParallelCorpus
+from train_then_compress.data.prepare import EOS, MASK, PAD
 
 
 def corpus_of(*pairs: Pair, **splits: list[Pair]) -> ParallelCorpus:
@@ -35,27 +35,66 @@ def numbered(count: int, groups: int = 40) -> list[Pair]:
     ]
 
 
+def splits_of(config: ParallelText, corpus: ParallelCorpus) -> dict[str, list[Pair]]:
+    held_out, training = split_pairs(config, corpus)
+    return {**held_out, "train": list(training())}
+
+
 def test_every_pair_is_in_one_split_and_groups_stay_together() -> None:
-    splits = split_pairs(ParallelConfig(), corpus_of(*numbered(3000, groups=300)))
+    splits = splits_of(ParallelText(), corpus_of(*numbered(3000, groups=300)))
     groups = {split: {pair.group for pair in pairs} for split, pairs in splits.items()}
     assert all(groups.values()) and not groups["train"] & (groups["valid"] | groups["test"])
     assert sum(map(len, splits.values())) == 3000
-    again = split_pairs(ParallelConfig(), corpus_of(*reversed(numbered(3000, groups=300))))
+    again = splits_of(ParallelText(), corpus_of(*reversed(numbered(3000, groups=300))))
     assert {split: set(pairs) for split, pairs in again.items()} == {split: set(p) for split, p in splits.items()}
+    assert (again["valid"], again["test"]) == (splits["valid"], splits["test"])
 
 
 def test_nothing_held_out_is_in_training_not_even_in_part() -> None:
     start = "a sentence that is quite long and begins in the very same way as another one does"
     held = [Pair("The boat IS here now, friends!", "La barca", "v"), Pair(f"{start} here", "qualcosa di breve", "v")]
     train = [
-        Pair("the boat is here now friends", "un altro testo ancora", "t1"),  # the same source but for case and signs
+        Pair("the boat is - here now friends", "un altro testo ancora", "t1"),  # the same source but for case and signs
         Pair("yet another source of words", "la barca", "t2"),  # the same target
         Pair(f"{start} elsewhere", "tutto un altro testo", "t3"),  # the same beginning
         Pair("a boat of its own", "una barca tutta sua", "t4"),
     ]
-    config = ParallelConfig(min_words=1, max_ratio=100)
-    splits = split_pairs(config, corpus_of(*train, valid=held, test=[Pair("one test only", "un solo test", "x")]))
+    config = ParallelText(min_words=1, max_ratio=100)
+    splits = splits_of(config, corpus_of(*train, valid=held, test=[Pair("one test only", "un solo test", "x")]))
     assert [pair.group for pair in splits["train"]] == ["t4"] and len(splits["valid"]) == 2
+
+
+def plain(text: str) -> str:
+    """Words in lower case without signs, in another way than the package."""
+    return " ".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
+
+
+WORDS = st.lists(st.sampled_from(["A", "boat,", "the", "old", "ship!", "(here)", "Boat", "in_the-", "'x'", "été"]))
+ROWS = st.lists(st.tuples(WORDS.map(" ".join), WORDS.map("  ".join), st.sampled_from("abcdefghij")), max_size=30)
+
+
+@given(ROWS, ROWS | st.none(), ROWS | st.none())
+def test_no_leakage_whatever_the_text(train: list[Any], valid: list[Any] | None, test: list[Any] | None) -> None:
+    given_splits = {"valid": valid, "test": test}
+    corpus = corpus_of(*(Pair(*row) for row in train), **{
+        split: [Pair(*row) for row in rows] for split, rows in given_splits.items() if rows is not None
+    })  # fmt: skip
+    config = ParallelText(min_words=1, max_words=20)
+    splits = splits_of(config, corpus)
+    held_out = splits["valid"] + splits["test"]
+    for side in range(2):
+        held = [plain(pair[side]) for pair in held_out]
+        beginnings = {text[:60] for text in held if len(text) >= 60}
+        for pair in splits["train"]:
+            assert plain(pair[side]) not in held and plain(pair[side])[:60] not in beginnings
+    assert len({pair[:2] for pair in splits["train"]}) == len(splits["train"])
+    for split, rows in given_splits.items():
+        if rows is not None:
+            whole = [(" ".join(one.split()), " ".join(other.split())) for one, other, _ in rows]
+            assert [pair[:2] for pair in splits[split]] == [sides for sides in whole if all(sides)]
+    for pair in splits["train"]:
+        one, other = (len(side.split()) for side in pair[:2])
+        assert min(one, other) >= 1 and max(one, other) <= 20 and one < 2 * other and other < 2 * one
 
 
 @pytest.mark.parametrize(
@@ -65,72 +104,53 @@ def test_nothing_held_out_is_in_training_not_even_in_part() -> None:
 )  # fmt: skip
 def test_short_long_and_unequal_pairs_are_left_out(source: str, target: str, kept: bool) -> None:
     held = {"valid": [Pair("v v v", "v v v", "v")], "test": [Pair("t t t", "t t t", "t")]}
-    splits = split_pairs(ParallelConfig(), corpus_of(Pair(source, target, "g"), **held))
+    splits = splits_of(ParallelText(), corpus_of(Pair(source, target, "g"), **held))
     assert len(splits["train"]) == kept
 
 
 def test_a_group_gives_few_held_out_pairs_and_whole_sentences_only() -> None:
     groups = [f"g{n}" for n in range(200)]
     pairs = [
-        Pair(f"{group} has sentence {n} with words", f"{group} ha la frase {n} qui", group)
+        Pair(f"{group} has sentence {n} with words.", f"{group} ha la frase {n} qui.", group)
         for group in groups
         for n in range(30)
     ]
-    pairs += [Pair(f"{group} short one", f"{group} breve frase", group) for group in groups]
-    splits = split_pairs(ParallelConfig(), corpus_of(*pairs))
+    pairs += [Pair(f"{group} short one.", f"{group} breve frase.", group) for group in groups]
+    pairs += [Pair(f"title of {group} with many words", f"titolo di {group} con parole", group) for group in groups]
+    splits = splits_of(ParallelText(), dataclasses.replace(corpus_of(*pairs), punctuated=True))
     for split in ("valid", "test"):
         counts = np.unique([pair.group for pair in splits[split]], return_counts=True)[1]
-        assert len(counts) and counts.max() == 15 and all(len(pair.source.split()) >= 6 for pair in splits[split])
+        assert len(counts) and counts.max() == 15
+        assert all(len(pair.source.split()) >= 6 and pair.source.endswith(".") for pair in splits[split])
 
 
-def write(folder: Path, name: str, *lines: str) -> Path:
-    path = folder / name
-    path.write_text("".join(line + "\n" for line in lines))
-    return path
-
-
-def test_files_become_tokens_and_back(tmp_path: Path) -> None:
-    rows = numbered(600, groups=600)
-    write(tmp_path, "all.en", *(pair.source for pair in rows))
-    write(tmp_path, "all.it", *(pair.target for pair in rows))
+def test_pairs_become_tokens_and_back(tmp_path: Path) -> None:
+    rows = [*numbered(600, groups=600), Pair("what does <s> say to </s> here", "che cosa dice <pad> a <unk>", "")]
+    for side, language in enumerate(("en", "it")):
+        (tmp_path / f"all.{language}").write_text("".join(pair[side] + "\n" for pair in rows))
     data = prepare_pairs(ParallelFiles(train=str(tmp_path / "all"), vocab_size=400), tmp_path / "cache")
     decoder = Tokenizer.from_file(str(data.tokenizer))
-    for split in ("valid", "test"):
-        sources, references = data.texts(split)
+    seen = set()
+    for split in ("train", "valid", "test"):
         pairs = data.split(split)
-        assert len(sources) == len(pairs) == data.record["splits"][split]["pairs"] > 0
-        for number in range(len(pairs)):
-            source, target = (decoder.decode(side.tolist()).strip() for side in pairs.sides(number))
-            assert (source, target) == (sources[number], references[number])
-    tsv = write(tmp_path, "all.tsv", *(f"{pair.source}\t{pair.target}" for pair in rows))
-    assert (
-        prepare_pairs(ParallelFiles(train=str(tsv), vocab_size=400), tmp_path / "cache").vocab_size == data.vocab_size
-    )
+        sides = [tuple(decoder.decode(side.tolist(), skip_special_tokens=False).strip() for side in pairs.sides(number))
+                 for number in range(len(pairs))]  # fmt: skip
+        assert len(sides) == data.record["splits"][split]["pairs"] > 0 and not seen & set(sides)
+        assert data.record["splits"][split]["tokens"] == (pairs.lengths - 1).sum() == len(pairs.tokens)
+        if split != "train":
+            sources, references = data.texts(split)
+            assert sides == list(zip(sources, references, strict=True)) and data.copies(split) == sources
+        seen |= set(sides)
+        assert pairs.tokens.min() > MASK  # the name of a special token is text like any other
+    assert seen == {pair[:2] for pair in rows}
 
 
-@pytest.mark.parametrize(
-    "files, words",
-    [
-        ({}, r"train.en does not exist; expected PREFIX.en and PREFIX.it"),
-        ({"train.en": ["a b c"], "train.it": ["a b c", "d"]}, r"has 1 lines, and train.it has more"),
-        ({"train.en": ["a b c", "d"], "train.it": ["a b c"]}, r"has 1 lines, and train.en has more"),
-        ({"train.en": [], "train.it": []}, "no sentence pairs in it"),
-    ],
-)
-def test_wrong_files_are_refused_in_words(files: dict[str, list[str]], words: str, tmp_path: Path) -> None:
-    for name, lines in files.items():
-        write(tmp_path, name, *lines)
-    with pytest.raises(ConfigError, match=words):
-        load_parallel(ParallelFiles(train=str(tmp_path / "train")), tmp_path)
-
-
-def test_a_corrupt_line_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="line 2 has 3 tab-separated columns"):
-        load_parallel(ParallelFiles(train=str(write(tmp_path, "a.tsv", "a\tb", "a\tb\tc"))), tmp_path)
-    (tmp_path / "train.en").write_bytes(b"one\ntwo \xff\n")
-    write(tmp_path, "train.it", "uno", "due")
-    with pytest.raises(ConfigError, match=r"train.en: line \d or one soon after is not UTF-8"):
-        load_parallel(ParallelFiles(train=str(tmp_path / "train")), tmp_path)
+def test_a_split_without_pairs_is_refused(tmp_path: Path) -> None:
+    for side, language in enumerate(("en", "it")):
+        (tmp_path / f"all.{language}").write_text("".join(pair[side] + "\n" for pair in numbered(3)))
+    with pytest.raises(ConfigError, match=r"data=parallel_files: no pair fell into the (valid|test) split"):
+        prepare_pairs(ParallelFiles(train=str(tmp_path / "all"), vocab_size=400), tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("*.tokens"))
 
 
 def split_of(lengths: list[tuple[int, int]]) -> PairSplit:
@@ -185,71 +205,3 @@ def test_little_is_padding_on_lengths_like_those_of_text() -> None:
 def test_a_pair_longer_than_the_budget_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"optimizer.batch_tokens=10: the longest pair alone has 12 tokens"):
         PairBatches(split_of([(5, 5)]), 10, 0)
-
-
-# debian_pairs, through stand-ins for apt.
-
-STAND_IN = """\
-#!{python} -SE
-import pathlib, re, shutil, sys
-archive, program = pathlib.Path({archive!r}), pathlib.Path(sys.argv[0]).name
-if program == "dpkg-deb":
-    shutil.copytree(pathlib.Path(sys.argv[2]).read_text(), sys.argv[3], dirs_exist_ok=True)
-    sys.exit()
-configuration = pathlib.Path(sys.argv[sys.argv.index("-c") + 1]).read_text()
-lists = pathlib.Path(re.search('Dir::State::Lists "(.*)"', configuration)[1])
-package = archive / sys.argv[-1]
-if sys.argv[-1] == "update":
-    assert 'Acquire::Languages {{ "en"; "it"; }};' in configuration
-    for path in archive.glob("host_*"):
-        shutil.copy(path, lists)
-elif not package.exists():
-    sys.exit("E: No packages found")
-elif program == "apt-cache":
-    print("Package: " + package.name + "\\nVersion: 1\\n")
-else:
-    pathlib.Path(package.name + "_1_all.deb").write_text(str(package))
-"""
-ENGLISH = """\
-Package: boat
-Description-md5: aaa
-Description-en: program for boats
- It draws boats. It also draws
- harbours.
- .
- A second paragraph.
-"""
-ITALIAN = """\
-Package: boat
-Description-md5: aaa
-Description-it: programma per barche
- Disegna barche. Disegna anche
- porti.
- .
- Un secondo paragrafo.
-"""
-PAGE = '<html><body><h1 id="h">{}</h1><p id="p1">{} <b>x</b></p><p id="p2">{}</p><p>{}</p></body></html>'
-
-
-def test_descriptions_and_help_pages_are_aligned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    archive, programs = tmp_path / "archive", tmp_path / "bin"
-    for side, words in (("en-us", "Save"), ("it", "Salva")):
-        pages = archive / f"libreoffice-help-{side}" / "help" / side / "text"
-        pages.mkdir(parents=True)
-        (pages / "01.html").write_text(PAGE.format(words, f"{words} one. {words} two.", f"{words} three", "no id"))
-    (archive / "host_Packages").write_text("Package: boat\nSource: boats (1.0)\n")
-    (archive / "host_i18n_Translation-en").write_text(ENGLISH)
-    (archive / "host_i18n_Translation-it").write_text(ITALIAN)
-    programs.mkdir()
-    for name in ("apt-get", "apt-cache", "dpkg-deb"):
-        (programs / name).write_text(STAND_IN.format(python=sys.executable, archive=str(archive)))
-        (programs / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(programs))
-    pairs = set(load_parallel(DebianPairs(), tmp_path / "cache").pairs["train"]())
-    assert pairs == {
-        Pair("program for boats", "programma per barche", "boats"), Pair("It draws boats.", "Disegna barche.", "boats"),
-        Pair("It also draws harbours.", "Disegna anche porti.", "boats"),
-        Pair("A second paragraph.", "Un secondo paragrafo.", "boats"), Pair("Save", "Salva", "01.html"),
-        Pair("Save one.", "Salva one.", "01.html"), Pair("Save two. x", "Salva two. x", "01.html"),
-        Pair("Save three", "Salva three", "01.html"),
-    }  # fmt: skip

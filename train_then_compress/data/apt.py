@@ -39,15 +39,15 @@ class Apt:
     """The machine's package archives, seen through package lists of our own below ``folder``.
 
     apt itself checks the archive's signature on the lists, and by them the hash of every package. Raises
-    `CorpusError`, with apt's own words, where it cannot be used.
+    `CorpusError`, with apt's own words and what to do ``instead``, where it cannot be used.
     """
 
-    def __init__(self, folder: Path, languages: Iterable[str] = ("none",)) -> None:
+    def __init__(self, folder: Path, languages: Iterable[str] = ("none",), instead: str = _INSTEAD) -> None:
         missing = [program for program in _PROGRAMS if shutil.which(program) is None]
         if missing:
             names = ", ".join(missing)
-            raise CorpusError(f"this corpus needs {names} (Debian or Ubuntu), not found here. {_INSTEAD}")
-        self._folder = folder.resolve()
+            raise CorpusError(f"this corpus needs {names} (Debian or Ubuntu), not found here. {instead}")
+        self._folder, self._instead = folder.resolve(), instead
         for name in ("lists/partial", "cache/archives/partial"):
             (self._folder / name).mkdir(parents=True)
         (self._folder / "status").touch()
@@ -67,7 +67,7 @@ class Apt:
         if fields:
             return fields
         if not any(self._folder.glob("lists/*_Packages*")):
-            raise CorpusError(f"apt-get update got no package lists:\n{_last_words(self._update)}\n{_INSTEAD}")
+            raise CorpusError(f"apt-get update got no package lists:\n{_last_words(self._update)}\n{self._instead}")
         return None
 
     def index(self, kind: str) -> Iterator[dict[str, str]]:
@@ -77,7 +77,7 @@ class Apt:
         """
         lists = sorted(self._folder.glob(f"lists/*_{kind}"))
         if not lists:
-            raise CorpusError(f"apt-get update got no {kind} list:\n{_last_words(self._update)}\n{_INSTEAD}")
+            raise CorpusError(f"apt-get update got no {kind} list:\n{_last_words(self._update)}\n{self._instead}")
         for path in lists:
             with path.open(encoding="utf-8") as file:
                 yield from map(_fields, _stanzas(file))
@@ -91,11 +91,11 @@ class Apt:
         done = self._run("apt-get", "download", package, directory=download)
         archives = list(download.glob("*.deb"))
         if done.returncode or not archives:
-            raise CorpusError(f"apt-get could not download {package}:\n{_last_words(done)}\n{_INSTEAD}")
+            raise CorpusError(f"apt-get could not download {package}:\n{_last_words(done)}\n{self._instead}")
         done = self._run("dpkg-deb", "-x", str(archives[0]), str(folder.resolve()))
         shutil.rmtree(download)
         if done.returncode:
-            raise CorpusError(f"dpkg-deb could not unpack {package}:\n{_last_words(done)}\n{_INSTEAD}")
+            raise CorpusError(f"dpkg-deb could not unpack {package}:\n{_last_words(done)}\n{self._instead}")
 
     def _run(self, program: str, *arguments: str, directory: Path | None = None) -> subprocess.CompletedProcess[str]:
         configuration = ["-q", "-c", str(self._configuration)] if program != "dpkg-deb" else []

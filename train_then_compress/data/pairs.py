@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import unicodedata
-from collections import defaultdict
-from collections.abc import Iterator
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from train_then_compress.config import ConfigError
-from train_then_compress.config.parallel import ParallelConfig
-from train_then_compress.data.parallel import Pair, ParallelCorpus, load_parallel
+from train_then_compress.config.parallel import ParallelConfig, ParallelText
+from train_then_compress.data.parallel import Pair, ParallelCorpus, TokenizedCorpus, load_parallel
 from train_then_compress.data.prepare import (
     EOS,
     PAD,
@@ -31,13 +34,17 @@ from train_then_compress.data.prepare import (
 from train_then_compress.records import digest, what
 
 HELD_OUT = 0.02
-SCHEMA = 1
+SCHEMA = 2
 #: Held-out pairs are whole sentences, and no group gives more than a few.
 _LEAST_WORDS, _MOST_OF_A_GROUP = 6, 15
+_SENTENCE_END = re.compile(r"[.!?…]['\"”’»)\]]*$")
+_WORD = re.compile(r"[^\W_]+")
 #: A training pair that begins like a held-out one is too much like it.
 _PREFIX = 60
 #: Batches are made of neighbours in length among so many batches' worth of shuffled pairs.
 _WINDOW = 100
+_PAIRS_AT_ONCE = 10_000
+_Sides = tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -66,21 +73,35 @@ class PairSplit:
 class Pairs(Tokenized):
     """A prepared parallel corpus; one tokenizer for both languages."""
 
+    @property
+    def languages(self) -> tuple[str, str]:
+        """Codes of source and target."""
+        source, target = self.record["languages"]
+        return source, target
+
     def split(self, name: str) -> PairSplit:
-        """A split's pairs, in the order of their hashes."""
-        with np.load(self.directory / f"{name}.npz") as arrays:
-            return PairSplit(arrays["tokens"], arrays["ends"])
+        """A split's pairs, memory-mapped."""
+        tokens = np.memmap(self.directory / f"{name}.tokens", _dtype(self.vocab_size), mode="r")
+        ends = np.load(self.directory / f"{name}.npy", mmap_mode="r")
+        return PairSplit(np.asarray(tokens), np.asarray(ends))
 
     def texts(self, split: str) -> tuple[list[str], list[str]]:
         """Sources and references of ``valid`` or ``test`` as text, in the order of `split`."""
         rows = json.loads((self.directory / f"{split}.json").read_text())
         return [row[0] for row in rows], [row[1] for row in rows]
 
+    def copies(self, split: str) -> list[str]:
+        """What a model would say that copies its sources: the baseline of every score."""
+        pairs, tokenizer = self.split(split), Tokenizer.from_file(str(self.tokenizer))
+        decoded = tokenizer.decode_batch([pairs.sides(number)[0].tolist() for number in range(len(pairs))])
+        return [normalized(text) for text in decoded]
+
 
 def prepare_pairs(config: ParallelConfig, cache: Path) -> Pairs:
     """Fetch, filter, split, tokenize and store a parallel corpus, or return what already stands.
 
-    Raises `ConfigError` for a corpus without pairs in a split.
+    Meanwhile a training pair takes about 120 bytes of memory, whatever its length (40 million: 5 GB). Raises
+    `ConfigError` for a corpus without pairs in a split.
     """
     corpus = load_parallel(config, cache)
     key = digest([what(config), corpus.sources, SCHEMA])[:16]
@@ -89,49 +110,75 @@ def prepare_pairs(config: ParallelConfig, cache: Path) -> Pairs:
     return Pairs(directory, record["id"], record)
 
 
-def _build(config: ParallelConfig, corpus: ParallelCorpus, directory: Path) -> dict[str, Any]:
-    splits = split_pairs(config, corpus)
-    for split, pairs in splits.items():
-        if not pairs:
-            raise ConfigError(f"data={config.name}: no pair fell into the {split} split "
-                              f"({sum(map(len, splits.values()))} in all); give more, or files of its own")  # fmt: skip
-    tokenizer = train_tokenizer((side for pair in splits["train"] for side in pair[:2]), config.vocab_size)
+def _build(config: ParallelConfig, corpus: ParallelCorpus | TokenizedCorpus, directory: Path) -> dict[str, Any]:
+    if isinstance(corpus, TokenizedCorpus):
+        tokenizer, texts = corpus.tokenizer, {split: corpus.texts(split) for split in ("valid", "test")}
+        tokens: dict[str, Iterable[_Sides]] = {split: corpus.tokens[split]() for split in SPLITS}
+    else:
+        assert isinstance(config, ParallelText)
+        held_out, training = split_pairs(config, corpus)
+        tokenizer = train_tokenizer((side for pair in training() for side in pair[:2]), config.vocab_size)
+        texts = {split: [pair[:2] for pair in pairs] for split, pairs in held_out.items()}
+        tokens = {split: _encode(tokenizer, pairs) for split, pairs in (*held_out.items(), ("train", training()))}
     tokenizer.save(str(directory / "tokenizer.json"))
-    for split, pairs in splits.items():
-        _write(directory / f"{split}.npz", pairs, tokenizer)
-        if split != "train":
-            (directory / f"{split}.json").write_text(json.dumps([pair[:2] for pair in pairs], ensure_ascii=False))
-    names = ("tokenizer.json", *(f"{split}.npz" for split in SPLITS))
+    counts = {}
+    for split in SPLITS:
+        counts[split] = _write(directory, split, tokens[split], _dtype(tokenizer.get_vocab_size()))
+        if not counts[split]["pairs"]:
+            raise ConfigError(f"data={config.name}: no pair fell into the {split} split; give more pairs")
+    for split, rows in texts.items():
+        (directory / f"{split}.json").write_text(json.dumps(rows, ensure_ascii=False))
+    names = ("tokenizer.json", *(f"{split}.{end}" for split in SPLITS for end in ("tokens", "npy")))
     return {
-        "id": content_id(directory / name for name in names), "corpus": config.name,
+        "id": content_id(directory / name for name in names), "corpus": config.name, "splits": counts,
+        "languages": [config.source, config.target],
         "vocab_size": tokenizer.get_vocab_size(), "sources": corpus.sources, "licence": corpus.licence,
-        "splits": {split: {"pairs": len(pairs), "words": sum(len(pair.source.split()) for pair in pairs)}
-                   for split, pairs in splits.items()},
         "tokenizers": importlib.metadata.version("tokenizers"),
     }  # fmt: skip
 
 
-def split_pairs(config: ParallelConfig, corpus: ParallelCorpus) -> dict[str, list[Pair]]:
-    """Each pair once, in one split; no training pair has a side, or the beginning of one, that is held out."""
+def split_pairs(
+    config: ParallelText, corpus: ParallelCorpus
+) -> tuple[dict[str, list[Pair]], Callable[[], Iterator[Pair]]]:
+    """The pairs of ``valid`` and ``test``, and what gives those of ``train``: each once, none with a side, or the
+    beginning of one, that is held out.
+
+    A split that the corpus has is taken whole, but for pairs with an empty side, and in its order: others score by it,
+    too. One that is missing is made of a few sentences of the groups that fall to it; nothing of these is trained on.
+    """
     missing = [split for split in ("valid", "test") if split not in corpus.pairs]
-    found: dict[str, list[Pair]] = {split: [] for split in SPLITS}
-    taken: dict[str, int] = defaultdict(int)
-    for source, pairs in corpus.pairs.items():
-        for pair in sorted({_clean(pair) for pair in pairs()}, key=lambda pair: document_hash("\t".join(pair[:2]))):
-            if not _fits(config, pair):
-                continue
-            place = int(document_hash(pair.group) / 2**64 / HELD_OUT)
-            if source != "train" or place >= len(missing):
-                found[source].append(pair)
-            elif len(pair.source.split()) >= _LEAST_WORDS and taken[pair.group] < _MOST_OF_A_GROUP:
-                taken[pair.group] += 1
-                found[missing[place]].append(pair)
-    seen: set[str] = set()
-    for split in ("valid", "test"):
-        found[split] = [pair for pair in _unique(found[split]) if not seen & _marks(pair)]
-        seen |= {mark for pair in found[split] for mark in _marks(pair)}
-    found["train"] = [pair for pair in _unique(found["train"]) if not seen & _marks(pair)]
-    return found
+    held_out = {split: [pair for pair in map(_clean, pairs()) if pair.source and pair.target]
+                for split, pairs in corpus.pairs.items() if split != "train"}  # fmt: skip
+    marks = {mark for pairs in held_out.values() for pair in pairs for mark in _marks(pair)}
+    for split, pairs in _pick(config, corpus, missing).items():
+        held_out[split] = [pair for pair in pairs if marks.isdisjoint(_marks(pair))]
+        marks |= {mark for pair in held_out[split] for mark in _marks(pair)}
+
+    def training() -> Iterator[Pair]:
+        known: set[int] = set()
+        for pair in map(_clean, corpus.pairs["train"]()):
+            number = _number(pair)
+            if (number not in known and _fits(config, pair) and _place(pair) >= len(missing)
+                    and marks.isdisjoint(_marks(pair))):  # fmt: skip
+                known.add(number)
+                yield pair
+
+    return held_out, training
+
+
+def _pick(config: ParallelText, corpus: ParallelCorpus, splits: list[str]) -> dict[str, list[Pair]]:
+    """For each split, sentences of the groups whose hash falls to it, in the order of their own hashes."""
+    picked: dict[str, list[Pair]] = {split: [] for split in splits}
+    if not splits:
+        return picked
+    candidates = {pair for pair in map(_clean, corpus.pairs["train"]()) if _place(pair) < len(splits)}
+    unique = {pair[:2]: pair for pair in sorted(candidates) if _fits(config, pair) and _is_sentence(corpus, pair)}
+    taken: Counter[str] = Counter()
+    for pair in sorted(unique.values(), key=_number):
+        if taken[pair.group] < _MOST_OF_A_GROUP:
+            taken[pair.group] += 1
+            picked[splits[_place(pair)]].append(pair)
+    return picked
 
 
 def normalized(text: str) -> str:
@@ -143,30 +190,55 @@ def _clean(pair: Pair) -> Pair:
     return Pair(normalized(pair.source), normalized(pair.target), pair.group)
 
 
-def _fits(config: ParallelConfig, pair: Pair) -> bool:
+def _number(pair: Pair) -> int:
+    return document_hash("\t".join(pair[:2]))
+
+
+def _place(pair: Pair) -> int:
+    """0 and 1 for 2 % of the groups each."""
+    return int(document_hash(pair.group) / 2**64 / HELD_OUT)
+
+
+def _fits(config: ParallelText, pair: Pair) -> bool:
     lengths = [len(side.split()) for side in pair[:2]]
     return (min(lengths) >= config.min_words and max(lengths) <= config.max_words
             and max(lengths) < config.max_ratio * min(lengths))  # fmt: skip
 
 
-def _unique(pairs: list[Pair]) -> Iterator[Pair]:
-    yield from {pair[:2]: pair for pair in reversed(pairs)}.values()
+def _is_sentence(corpus: ParallelCorpus, pair: Pair) -> bool:
+    ends = not corpus.punctuated or all(_SENTENCE_END.search(side) for side in pair[:2])
+    return ends and len(pair.source.split()) >= _LEAST_WORDS
 
 
 def _marks(pair: Pair) -> set[str]:
-    """Both sides as they are compared, whole and their beginnings."""
-    sides = ["".join(c for c in side.lower() if c.isalnum() or c == " ") for side in pair[:2]]
+    """Both sides as they are compared, words only, whole and their beginnings."""
+    sides = [" ".join(_WORD.findall(side.lower())) for side in pair[:2]]
     whole = {f"{number} is {side}" for number, side in enumerate(sides)}
-    return whole | {f"{number} begins {side[:_PREFIX]}" for number, side in enumerate(sides) if len(side) > _PREFIX}
+    return whole | {f"{number} begins {side[:_PREFIX]}" for number, side in enumerate(sides) if len(side) >= _PREFIX}
 
 
-def _write(path: Path, pairs: list[Pair], tokenizer: Tokenizer) -> None:
-    encoded = [encoding.ids for encoding in tokenizer.encode_batch_fast([side for pair in pairs for side in pair[:2]])]
-    dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
-    np.savez(
-        path, tokens=np.array([token for ids in encoded for token in ids], dtype=dtype),
-        ends=np.cumsum([len(ids) for ids in encoded], dtype=np.int64).reshape(-1, 2),
-    )  # fmt: skip
+def _encode(tokenizer: Tokenizer, pairs: Iterable[Pair]) -> Iterator[_Sides]:
+    tokenizer.encode_special_tokens = True  # the name of one is text like any other
+    stream = iter(pairs)
+    while batch := list(islice(stream, _PAIRS_AT_ONCE)):
+        encoded = iter(tokenizer.encode_batch_fast([side for pair in batch for side in pair[:2]]))
+        yield from ((source.ids, target.ids) for source, target in zip(encoded, encoded, strict=True))
+
+
+def _dtype(vocab_size: int) -> type[np.unsignedinteger[Any]]:
+    return np.uint16 if vocab_size <= 2**16 else np.uint32
+
+
+def _write(directory: Path, split: str, pairs: Iterable[_Sides], dtype: type) -> dict[str, int]:
+    lengths = array("q")
+    with (directory / f"{split}.tokens").open("wb") as file:
+        for sides in pairs:
+            for ids in sides:
+                file.write(np.asarray(ids, dtype=dtype).tobytes())
+                lengths.append(len(ids))
+    ends = np.cumsum(np.array(lengths, dtype=np.int64)).reshape(-1, 2)
+    np.save(directory / f"{split}.npy", ends)
+    return {"pairs": len(ends), "tokens": sum(lengths)}
 
 
 @dataclass(frozen=True)
@@ -225,12 +297,12 @@ class PairBatches:
         return [batches[place] for place in rng.permutation(len(batches))]
 
     def _fill(self, numbers: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
-        start, longest = 0, np.zeros(2, dtype=np.int64)
-        for place, size in enumerate(lengths):
-            longer = np.maximum(longest, size)
-            if (place - start + 1) * int(longer.sum()) > self.tokens:
+        start, longest = 0, (0, 0)
+        for place, (source, target) in enumerate(lengths.tolist()):
+            longer = max(longest[0], source), max(longest[1], target)
+            if (place - start + 1) * sum(longer) > self.tokens:
                 yield numbers[start:place]
-                start, longer = place, size
+                start, longer = place, (source, target)
             longest = longer
         yield numbers[start:]
 

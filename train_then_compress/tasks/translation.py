@@ -185,8 +185,8 @@ class TranslationTask:
         """BLEU and chrF of the source as its own translation, on the sentences that the model is judged by."""
         found: dict[str, dict[str, float]] = {"copy_bleu": {}, "copy_chrf": {}}
         for split in ("valid", "test"):
-            sources, references = (texts[: self._judged(split)] for texts in self.pairs.texts(split))
-            scores = score(sources, references)
+            copies, references = self.pairs.copies(split), self.pairs.texts(split)[1]
+            scores = score(copies[: self._judged(split)], references[: self._judged(split)])
             for name in ("bleu", "chrf"):
                 found[f"copy_{name}"][split] = scores[name]
         return found

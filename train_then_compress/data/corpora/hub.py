@@ -26,7 +26,7 @@ def load(config: HubCorpus, cache: Path) -> Corpus:
 
     Raises `ConfigError` for splits or a column that are not there, `CorpusError` where the dataset cannot be had.
     """
-    names = _split_names(config)
+    names = split_names(config.splits)
     loaded = load_splits(config.path, config.subset, names)
     documents: dict[str, Callable[[], Iterable[str]]] = {}
     for split, rows in loaded.items():
@@ -40,35 +40,38 @@ def load(config: HubCorpus, cache: Path) -> Corpus:
     return Corpus({"all": documents["train"]} if len(documents) == 1 else documents, sources, config.licence)
 
 
-def _split_names(config: HubCorpus) -> dict[str, str]:
+def split_names(splits: list[str]) -> dict[str, str]:
     """The splits asked for -> train, valid, test."""
-    names = {name: _SPLITS.get(name.partition("[")[0], "") for name in config.splits}
+    names = {name: _SPLITS.get(name.partition("[")[0], "") for name in splits}
     found = sorted(names.values())
     if "" in found or "train" not in found or len(found) > len(set(found)):
-        raise reject("data.splits", config.splits, "train, and if wanted validation and test, each once")
+        raise reject("data.splits", splits, "train, and if wanted validation and test, each once")
     return names
 
 
-def load_splits(path: str, subset: str | None, names: dict[str, str]) -> dict[str, Any]:
-    """Rows of a dataset, by our name of the split; ``names``: the dataset's name -> ours.
+def load_splits(
+    path: str, subset: str | None, names: dict[str, str], revision: str | None = None, instead: str = _INSTEAD
+) -> dict[str, Any]:
+    """Rows of a dataset, memory-mapped, by our name of the split; ``names``: the dataset's name -> ours.
 
-    Raises `CorpusError` where the dataset cannot be had.
+    Raises `CorpusError`, which ends by ``instead``, where the dataset cannot be had.
     """
     try:
         import datasets
     except ImportError:
         raise CorpusError(
-            f"data.path={path} needs the package `datasets`: pip install 'train_then_compress[hub]'. {_INSTEAD}"
+            f"data.path={path} needs the package `datasets`: pip install 'train_then_compress[hub]'. {instead}"
         ) from None
     try:
-        return {split: datasets.load_dataset(path, subset, split=name) for name, split in names.items()}
+        return {split: datasets.load_dataset(path, subset, split=name, revision=revision)
+                for name, split in names.items()}  # fmt: skip
     except Exception as error:  # whatever the hub, the network or a damaged file makes `datasets` raise
         reason = " ".join(str(error).split()) or type(error).__name__
         part = f" (data.subset={subset})" if subset else ""
-        raise CorpusError(f"data.path={path}{part} could not be loaded: {reason}\n{_INSTEAD}") from error
+        raise CorpusError(f"data.path={path}{part} could not be loaded: {reason}\n{instead}") from error
 
 
-def identify(path: str, subset: str | None) -> dict[str, Any]:
+def identify(path: str, subset: str | None, revision: str | None = None) -> dict[str, Any]:
     """What pins the text: the hub's revision, or the hashes of a local folder's files."""
     folder = Path(path)
     if folder.is_dir():
@@ -76,7 +79,7 @@ def identify(path: str, subset: str | None) -> dict[str, Any]:
         return {"files": {str(file.relative_to(folder)): sha256_of(file) for file in files}}
     import datasets
 
-    return {"path": path, "revision": datasets.load_dataset_builder(path, subset).hash}
+    return {"path": path, "revision": datasets.load_dataset_builder(path, subset, revision=revision).hash}
 
 
 def _texts(rows: Any) -> Iterator[str]:

@@ -7,7 +7,6 @@ from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
-from train_then_compress.config import ConfigError
 from train_then_compress.config.base import reject
 from train_then_compress.config.parallel import ParallelFiles
 from train_then_compress.data.fetch import sha256_of
@@ -42,8 +41,10 @@ def _files(key: str, value: str, config: ParallelFiles) -> list[Path]:
         paths = [Path(f"{value}.{language}").expanduser() for language in (config.source, config.target)]
     for path in paths:
         if not path.is_file():
+            found = ", ".join(sorted(other.name for other in path.parent.glob(f"{path.stem}.*"))) or "nothing"
             raise reject(key, value, f"{path} does not exist; expected PREFIX.{config.source} and "
-                         f"PREFIX.{config.target} (data.source, data.target), or a file FILE.tsv")  # fmt: skip
+                         f"PREFIX.{config.target} (data.source, data.target), or a file FILE.tsv; "
+                         f"of that name there is {found}")  # fmt: skip
     return paths
 
 
@@ -53,7 +54,7 @@ def _pairs(key: str, paths: list[Path]) -> Iterator[Pair]:
             columns = line.split("\t")
             if len(columns) != 2:
                 raise reject(key, paths[0], f"line {number} has {len(columns)} tab-separated columns; 2 are needed")
-            yield Pair(columns[0].strip(), columns[1].strip(), line)
+            yield Pair(columns[0].strip(), columns[1].strip(), columns[0].strip())
         return
     for number, (source, target) in enumerate(zip_longest(*(_lines(key, path) for path in paths)), 1):
         if source is None or target is None:
@@ -66,11 +67,10 @@ def _lines(key: str, path: Path) -> Iterator[str]:
     """Lines end at ``\\n`` only: other separators that Unicode knows occur within sentences."""
     number = 0
     try:
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
-            for line in file:
-                number += 1
-                yield line.rstrip("\r\n")
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
     except UnicodeDecodeError:
-        raise ConfigError(f"{key}={path}: line {number + 1} or one soon after is not UTF-8; convert it first") from None
+        raise reject(key, path, f"line {number} is not UTF-8; convert the file first") from None
     except OSError as error:
         raise reject(key, path, f"cannot be read: {error.strerror}") from None
