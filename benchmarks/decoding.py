@@ -91,7 +91,8 @@ def model_and_sources(arguments: argparse.Namespace) -> tuple[Translator, list[l
     point, model = _opened(arguments.point)
     assert isinstance(point.config.data, ParallelConfig)
     lines = prepare_pairs(point.config.data, Path(arguments.cache)).texts("test")[0][: arguments.sentences]
-    return model, encode(Tokenizer.from_file(str(point.tokenizer)), lines, model.length), point.config.data.name
+    sources = encode(Tokenizer.from_file(str(point.tokenizer)), lines, model.length)
+    return model, sources, f"{point.name} on test sentences of {point.config.data.name}"
 
 
 def _opened(text: str) -> tuple[Point, Translator]:
@@ -238,7 +239,7 @@ def by_length(model: Translator, source: Tensor, arguments: argparse.Namespace, 
             seconds[party.name].append(float(np.median(party.seconds)) / (length + 1))
     return {
         "beam": beam, "batch_size": len(source), "lengths": lengths,
-        "parties": {name: {"seconds_per_token": values, "exponent": exponent(lengths, values)}
+        "parties": {name: {"seconds_per_token": values, "exponent": common.exponent(lengths, values)}
                     for name, values in seconds.items()},
     }  # fmt: skip
 
@@ -252,11 +253,6 @@ def _generate(generator: Any, source: Tensor) -> int:
     with torch.inference_mode():
         generator.generate([], _sample(source))
     return 0
-
-
-def exponent(lengths: list[int], seconds: list[float]) -> float:
-    """Of the power law fitted to seconds against lengths."""
-    return float(np.polyfit(np.log(lengths), np.log(seconds), 1)[0])
 
 
 def speculative(model: Translator, batches: list[Tensor], arguments: argparse.Namespace) -> Record:
@@ -324,7 +320,7 @@ def table(record: Record) -> str:
     growth = common.markdown(["batch", "ms a token of", *lengths, "exponent"], rows)
     model = record["model"]
     about = (f"{model['depth']}x{model['width']} layers, vocabulary {model['vocab_size']:,}, "
-             f"{model['parameters']:,} parameters; sentences: {record['sources']}; "
+             f"{model['parameters']:,} parameters; {record['sources']}; "
              f"{record['settings']['rounds']} rounds")  # fmt: skip
     return "\n\n".join([speeds, growth, *([_drafts(record)] if "speculative" in record else []), about])
 

@@ -215,6 +215,35 @@ def test_a_field_added_later_orphans_nothing() -> None:
     assert digest(what(kind(True)(tags=["a"]))) != digest(what(kind(True)()))
 
 
+METHODS = [
+    "quant4", "kmeans4", "gptq4", "smooth8", "lsq4", "prune60", "oneshot60", "gradual60", "wanda60", "semi50",
+    "structured50", "svd50", "distill", "structured30+distill+prune30+quant8",
+]  # fmt: skip
+CHANGED = {
+    "structured": {"units": ["layers"], "scope": "global"}, "svd": {"embeddings": True}, "distill": {"hints": "hidden"},
+    "prune": {"recovery": {"distill": True}},
+}  # fmt: skip
+FINETUNED = {"task": {"name": "classification"}, "data": {"name": "rotten_tomatoes"}, "pretrain": {}}
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ({"recipes": METHODS}, "788febb5b49a7d75"),
+        ({"recipes": METHODS, "steps": CHANGED}, "cdba52c6b8319e26"),
+        (FINETUNED | {"recipes": [*METHODS, "movement60", "exit90"]}, "806d7edd5089d704"),
+    ],
+    ids=["mlm", "other settings", "classification"],
+)
+def test_stages_and_points_have_the_identities_that_they_had_before_translation(
+    values: dict[str, Any], expected: str
+) -> None:
+    """All of them in one hash, taken from the last version that knew no translators."""
+    made = plan(Config.build({"budget": {"kind": "steps", "value": 100}, **values}), "data", {})
+    stages = [key.id for chain in made.recipes.values() for key in chain]
+    assert digest([made.dense.id, *stages, *made.points.values()])[:16] == expected
+
+
 # Recipes.
 
 

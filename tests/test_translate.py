@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from train_then_compress.compare import compare
 from train_then_compress.config import Config
+from train_then_compress.engines import measure_engines
 from train_then_compress.evaluation.decoding import Decoding
 from train_then_compress.evaluation.sampling import Sampling
 from train_then_compress.evaluation.translation import translate
@@ -128,3 +129,8 @@ def test_points_that_were_tested_on_other_sentences_are_not_compared(translator_
     other.write_config(config.changed(evaluation=config.evaluation.__class__(test_sequences=7)))
     with pytest.raises(ExportError, match="were not tested on the same sentences"):
         compare(str(translator_run), str(other.path))
+
+
+def test_engines_for_encoders_refuse_a_translator(translator_run: Path) -> None:
+    with pytest.raises(ExportError, match="a translator; ttc engines measures encoders"):
+        measure_engines([find_translator(str(translator_run))[0]], ["eager"], 16, 1, 1)

@@ -136,6 +136,31 @@ def engines(
 
 
 @app.command()
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(help="Benchmarks, or all (none: list them).")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="See that they work; the numbers mean nothing.")] = False,
+    cache: Annotated[Path, typer.Option(help="Where prepared corpora are kept.")] = Path("cache"),
+    out: Annotated[Path, typer.Option(help="Where to write NAME.json and NAME.md.")] = Path("bench"),
+) -> None:
+    """Measure this project beside its peers with the benchmarks of a checkout; the machine must be free."""
+    from train_then_compress import suite
+    from train_then_compress.config import ConfigError
+
+    if not (known := suite.benchmarks()):
+        _fail(RuntimeError("the benchmarks are part of a checkout of the project, not of an installed package"))
+    if not names:
+        for name, path in known.items():
+            typer.echo(f"{name:20} {suite.question(path)}")
+        return
+    try:
+        failed = suite.run(names, quick, cache, out)
+    except ConfigError as error:
+        _fail(error)
+    if failed:
+        _fail(RuntimeError(f"not measured: {', '.join(failed)}"))
+
+
+@app.command()
 def translate(
     point: Annotated[str, typer.Argument(help="RUN_DIRECTORY (the dense model) or RUN_DIRECTORY:RECIPE.")],
     beam: Annotated[int | None, typer.Option(min=1, help="Hypotheses a sentence (default: as the run's test).")] = None,

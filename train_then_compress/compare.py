@@ -25,8 +25,8 @@ def compare(first: str, second: str) -> str:
     if tests[0] != tests[1]:
         raise ExportError(f"{found[0][0].name} and {found[1][0].name} were not tested on the same sentences")
     sources, references = tests[0]
-    translations = [_translations(point, model, sources) for point, model in found]
-    scores = paired(*translations, references)
+    one, other = (_translations(point, model, sources) for point, model in found)
+    scores = paired(one, other, references)
     rows = [["point", "BLEU", "chrF"]]
     for (point, _), which in zip(found, ("first", "second"), strict=True):
         rows.append([point.name, *(f"{s[which]:.2f} ± {s[f'{which}_interval']:.2f}" for s in scores.values())])

@@ -31,6 +31,7 @@ from train_then_compress.data.prepare import MASK
 from train_then_compress.export.onnx import to_onnx
 from train_then_compress.export.onnx_int8 import quantize
 from train_then_compress.export.point import ExportError, Point, find_point
+from train_then_compress.models.transformer import Translator
 from train_then_compress.records import write_json
 
 SIMULATED = (
@@ -120,6 +121,8 @@ def measure_engines(
     ``output_error``: relative Frobenius distance of the outputs from those of PyTorch eager.
     """
     for point in points:
+        if isinstance(point.model, Translator):
+            raise ExportError(f"{point.name}: a translator; ttc engines measures encoders, ttc table has its speed")
         if length > point.longest:
             raise ExportError(f"--length {length}: {point.name} takes sequences of at most {point.longest} tokens")
     cores = len(machine.usable_cores())

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from train_then_compress.compression.compressed import weight_errors
+from train_then_compress.config.parts import in_embedding
 from train_then_compress.cost.latency import decoding_speed, encoder_speed, example_latency
 from train_then_compress.evaluation.decoding import beam_search
 from train_then_compress.evaluation.translation import decode_lines, encode
@@ -19,8 +20,6 @@ from train_then_compress.tasks.translation import DECODED_AT_ONCE
 
 #: Test sentences that a translator's speed is taken on: in a batch, and one after the other.
 _SENTENCES, _SINGLE = 32, 8
-#: Embeddings: a token's, and learned positions.
-_EMBEDDINGS = ("encoder.embedding.", "encoder.positions", "embedding.", "source_positions", "target_positions")
 
 
 def costs(dense: nn.Module, stored: nn.Module, task: RunTask, packed: Path, dense_stage: Path) -> dict[str, Any]:
@@ -38,7 +37,7 @@ def costs(dense: nn.Module, stored: nn.Module, task: RunTask, packed: Path, dens
     stored.cpu()
     weights = {name: parameter.detach() for name, parameter in stored.named_parameters()}
     nonzero = {name: int(weight.count_nonzero()) for name, weight in weights.items()}
-    embeddings = [name for name in weights if name.startswith(_EMBEDDINGS)]
+    embeddings = [name for name in weights if in_embedding(name) or name.endswith("positions")]
     parameters = sum(weight.numel() for weight in weights.values())
     rescaled = {f"{name}.weight" for name, module in stored.named_modules() if getattr(module, "rescaled", False)}
     comparable = {name: weight for name, weight in weights.items() if name not in rescaled}

@@ -7,6 +7,7 @@ function starts the child process. Neither imports torch.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 import json
@@ -23,7 +24,10 @@ from typing import Any, get_args
 
 import hydra
 import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -181,9 +185,37 @@ def compose(arguments: list[str]) -> tuple[list[Config], list[str]]:
                 errors.append(str(error))
 
     here = [argument for argument in arguments if not argument.startswith(("hydra/launcher", "hydra.launcher"))]
-    with tempfile.TemporaryDirectory() as nowhere:
+    with tempfile.TemporaryDirectory() as nowhere, _alike_from_one_composition():
         _hydra([*here, f"hydra.run.dir={nowhere}", f"hydra.sweep.dir={nowhere}"], collect)
     return list(configs.values()), errors
+
+
+@contextmanager
+def _alike_from_one_composition() -> Iterator[None]:
+    """Have Hydra compose cells that differ in plain values, not in the files they are made of, only once.
+
+    A composition takes a good part of a second, and Hydra makes two for each cell.
+    """
+    original = ConfigLoaderImpl.load_sweep_config
+    composed: dict[tuple[str | None, ...], DictConfig] = {}
+
+    def load(self: ConfigLoaderImpl, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        values, files = [], []
+        for override in OverridesParser.create(config_loader=self).parse_overrides(sweep_overrides):
+            is_value = override.type is OverrideType.CHANGE and not self.repository.group_exists(override.key_or_group)
+            (values if is_value else files).append(override)
+        key = tuple(override.input_line for override in files)
+        if key not in composed:
+            composed[key] = original(self, master_config, list(key))
+        config = copy.deepcopy(composed[key])
+        ConfigLoaderImpl._apply_overrides_to_config(values, config)
+        return config
+
+    ConfigLoaderImpl.load_sweep_config = load
+    try:
+        yield
+    finally:
+        ConfigLoaderImpl.load_sweep_config = original
 
 
 def resolve(composed: DictConfig) -> Config:
@@ -243,9 +275,14 @@ def launch(composed: DictConfig, names: list[str]) -> None:
     if processes > 1:
         start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     command = [*start, "train_then_compress.run", json.dumps(dataclasses.asdict(cell.config))]
-    child = subprocess.Popen(command, env=_KEEP_MEMORY | os.environ | {"OMP_NUM_THREADS": str(threads)})
+    child = subprocess.Popen(command, env=environment(threads))
     if _interrupted_while_waiting(child):
         sys.exit(_INTERRUPTED)
+
+
+def environment(threads: int) -> dict[str, str]:
+    """The environment of a run's process; what the user has set for the allocator holds."""
+    return _KEEP_MEMORY | os.environ | {"OMP_NUM_THREADS": str(threads)}
 
 
 def _interrupted_while_waiting(child: subprocess.Popen[bytes]) -> bool:

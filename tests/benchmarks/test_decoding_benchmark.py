@@ -55,7 +55,8 @@ def test_a_draft_is_measured_beside_plain_greedy_decoding(
 ) -> None:
     options = ["--point", str(sinusoidal_run), "--draft", f"{sinusoidal_run}:quant4", "--cache", str(tmp_path)]
     record = benchmark.main([*QUICK, *options])
-    assert record["sources"] == "parallel_files"
+    assert record["sources"] == "run:none on test sentences of parallel_files"
+    assert "--point" not in record["command"] and str(sinusoidal_run) not in str(record)
     for measured in record["speculative"]:
         plain, drafted = measured["parties"].values()
         assert drafted["agreement"]["sentences"] == drafted["agreement"]["of"] == measured["sentences"]
@@ -65,7 +66,7 @@ def test_a_draft_is_measured_beside_plain_greedy_decoding(
 
 def test_the_exponent_of_a_power_law(benchmark: ModuleType) -> None:
     lengths = [16, 32, 64]
-    assert benchmark.exponent(lengths, [2e-3 * length**0.7 for length in lengths]) == pytest.approx(0.7)
+    assert benchmark.common.exponent(lengths, [2e-3 * length**0.7 for length in lengths]) == pytest.approx(0.7)
 
 
 def test_points_that_cannot_be_measured_end_early(

@@ -1,119 +1,90 @@
-"""The masked-LM benchmark at its smallest: what it measures is written down; how fast is not looked at."""
+"""The masked-LM benchmark at its smallest: every party trains, and what is measured is written down."""
 
 from __future__ import annotations
 
-import importlib.util
+import dataclasses
+import importlib
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
-import torch
+
+from train_then_compress.config import BudgetConfig
+from train_then_compress.data.fairseq_export import export_fairseq
+from train_then_compress.data.prepare import prepare
 
 pytest.importorskip("fairseq")
-WORDS = ("a machine", "the model", "some text", "every batch", "its clock", "one round")
-VERBS = ("measures", "repeats", "forgets", "compares", "holds")
+NAMES = ["train_then_compress", "fairseq-train", "fairseq's model in our loop", "transformers Trainer"]
 
 
 @pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "masked_lm_training.py"
-    spec = importlib.util.spec_from_file_location("masked_lm_training", path)
-    assert spec and spec.loader
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def benchmark(benchmarks: Path) -> ModuleType:
+    return importlib.import_module("masked_lm_training")
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few hundred short documents, no two alike."""
-    blocks = [
-        f"Number {number}: {WORDS[number % 6]} {VERBS[number % 5]} {WORDS[number % 4]}. It took {number * 7} steps."
-        for number in range(400)
-    ]
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("\n\n".join(blocks))
-    return path
+@pytest.fixture
+def quick(text: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    cache = tmp_path_factory.getbasetemp() / "masked_lm_cache"
+    return ["--quick", "--text", str(text), "--cache", str(cache), "--vocab-size", "300", "--threads", "1",
+            "--dtype", "fp32", "--not-alone"]  # fmt: skip
 
 
-def run(benchmark: ModuleType, text: Path, folder: Path, *options: str) -> dict[str, Any]:
-    """The benchmark's record at depth 1 and width 32."""
-    small = ["--depth", "1", "--width", "32", "--head-size", "16", "--rounds", "1", "--steps", "1"]
-    small += ["--batch-size", "2", "--length", "16", "--vocab-size", "300", "--threads", str(torch.get_num_threads())]
-    places = ["--text", str(text), "--cache", str(folder / "cache"), "--json", str(folder / "out.json")]
-    record: dict[str, Any] = benchmark.main([*small, *places, "--not-alone", *options])
-    return record
-
-
-def test_the_record_says_what_was_measured(
-    benchmark: ModuleType,
-    text: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("party", ["ours", "fairseq_model", "transformers"])
+def test_every_party_trains(
+    benchmark: ModuleType, quick: list[str], one_interval: Callable[..., int], party: str
 ) -> None:
-    monkeypatch.setattr(benchmark, "_CALIBRATION_SECONDS", 0.02)
-    record = run(benchmark, text, tmp_path, "--dtype", "fp32")
-    assert json.loads((tmp_path / "out.json").read_text()) == record
-    assert list(record["models"]) == ["train_then_compress", "fairseq"]
-    ours, theirs = record["models"].values()
-    assert theirs["encoder_parameters"] == ours["encoder_parameters"] + 2 * 32
-    for facts in (ours, theirs):
-        assert facts["tokens_per_second"]["median"] > 0 and 0 < facts["share_of_peak"]["median"] < 1
-        assert len(facts["seconds_by_round"]) == 1 and len(facts["seconds_by_round"][0]) == 1
-    (ratio,) = record["ratio"]["by_round"]
-    assert ratio == pytest.approx(ours["tokens_per_second"]["median"] / theirs["tokens_per_second"]["median"])
-    assert record["settings"]["dtype"] == "fp32" and record["settings"]["heads"] == 2
-    assert record["machine"]["threads"] == torch.get_num_threads() and not record["machine"]["alone"]
-    assert {"torch", "python", "train-then-compress"} < record["versions"].keys()
-    assert record["calibration"]["before"].keys() == record["calibration"]["after"].keys() == {"fp32", "bf16"}
+    config = benchmark.config_of(benchmark.parse(quick), "1x32")
+    tokens = one_interval(getattr(importlib.import_module("parties.masked_lm"), party), config, 3)
+    # Three batches of two sequences, which are at most 16 tokens long and not much shorter.
+    assert 3 * 2 * 8 < tokens <= 3 * 2 * 16 + (2 * 16 if party == "transformers" else 0)  # it makes a batch ahead
+
+
+def test_fairseq_train_takes_its_command(
+    benchmark: ModuleType, quick: list[str], fairseq_interval: Callable[..., float], tmp_path: Path
+) -> None:
+    config = benchmark.config_of(benchmark.parse(quick), "1x32")
+    config = dataclasses.replace(config, budget=BudgetConfig(kind="steps", value=4))
+    export_fairseq(prepare(config.data, Path(config.paths.cache)), tmp_path / "data")
+    _, party, *_ = benchmark.parties(config, 3, tmp_path / "data")
+    assert 3 * 2 * 8 < fairseq_interval(party.command, party.read) <= 3 * 2 * 16
+
+
+@pytest.mark.usefixtures("made_up_turns")
+def test_the_record_compares_all_parties(
+    benchmark: ModuleType, quick: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = benchmark.main(quick)
+    (measured,) = record["shapes"].values()
+    assert list(measured["parties"]) == NAMES and list(measured["ratio"]) == NAMES[1:]
+    assert [facts["tokens_per_second"]["median"] for facts in measured["parties"].values()] == [200, 100, 100, 100]
+    assert [ratio["by_round"] for ratio in measured["ratio"].values()] == [[2.0]] * 3
+    # 1x32, 16 tokens: 12 width^2 weights and 2 length * width of attention in the layer, 2 FLOPs each, 3 passes; about
+    # 15 % of the positions are predicted; padding is computed and not counted.
+    positions = 3 * 2 * (12 * 32**2 + 2 * 16 * 32 + 0.15 * (32**2 + 300 * 32))
+    assert 0.9 * positions < measured["flops_per_token"] < 1.5 * positions
     printed = capsys.readouterr().out
-    for expected in (
-        "| train_then_compress |",
-        "| fairseq |",
-        "1x32, 2 heads",
-        "64 parameters more",
-        record["command"],
-    ):
-        assert expected in printed
+    share = 200 * measured["flops_per_token"] / benchmark.common.peaks(record)["fp32"]
+    assert f"| 1x32 | {NAMES[0]} | 200 (200 - 200) |" in printed and f"| {share:.1%} |" in printed
+    assert f"| 1x32 | {NAMES[3]} | 100 (100 - 100) |" in printed and "| 2.00 (2.00 - 2.00) |" in printed
 
 
-def test_rotary_positions_stand_beside_fairseqs_learned_ones(
-    benchmark: ModuleType, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(benchmark, "_CALIBRATION_SECONDS", 0.02)
-    settings = run(benchmark, text, tmp_path, "--positions", "rotary", "--dtype", "bf16", "--dropout", "0.1")[
-        "settings"
-    ]
-    assert (settings["positions"], settings["fairseq_positions"]) == ("rotary", "learned")
+def test_each_party_is_a_command_of_its_own(benchmark: ModuleType, quick: list[str]) -> None:
+    config = benchmark.config_of(benchmark.parse([*quick, "--positions", "rotary", "--compile"]), "2x64")
+    ours, fairseq, model, transformers = benchmark.parties(config, 5, Path("data"))
+    values = {party.name: json.loads(party.command[4]) for party in (ours, model, transformers)}
+    assert [(v["model"]["positions"], v["runtime"]["compile"]) for v in values.values()] == [
+        ("rotary", True), ("learned", False), ("learned", False),
+    ]  # fmt: skip
+    assert ours.environment["OMP_NUM_THREADS"] == fairseq.environment["OMP_NUM_THREADS"] == "1"
+    assert "MALLOC_TOP_PAD_" in ours.environment and "MALLOC_TOP_PAD_" not in fairseq.environment
+    assert ours.read('{"tokens": 70}') == 70 and ours.read("a warning") is None
+    line = '2026-01-01 00:00:00 | INFO | train_inner | {"epoch": 1, "loss": "8.1", "wps": "9000", "wpb": "1990.5"}'
+    assert fairseq.read(line) == 5 * 1990.5 and fairseq.read("2026-01-01 | INFO | train | {}") is None
 
 
-def test_the_first_of_a_round_alternates(benchmark: ModuleType) -> None:
-    order: list[str] = []
-
-    class Taker:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        def rehearse(self, steps: int) -> None:
-            order.append(f"{self.name} rehearses {steps}")
-
-        def take_round(self, steps: int) -> None:
-            order.append(self.name)
-
-    benchmark.take_turns([Taker("ours"), Taker("theirs")], rounds=3, steps=2)
-    assert order == ["ours rehearses 6", "theirs rehearses 6", "ours", "theirs", "theirs", "ours", "ours", "theirs"]
-
-
-def test_the_recorded_command_names_no_place_of_this_machine(benchmark: ModuleType) -> None:
-    given = ["--depth", "2", "--cache", "/somewhere/cache", "--json=/somewhere/out.json", "--norm", "post"]
-    assert benchmark.command(given) == "python benchmarks/masked_lm_training.py --depth 2 --norm post"
-
-
-@pytest.mark.parametrize("wrong", [["--rounds", "0"], ["--json", "nowhere/at/all.json"], ["--positions", "none"]])
+@pytest.mark.parametrize("wrong", [["--rounds", "0"], ["--shapes", "2by4"], ["--positions", "none"]])
 def test_wrong_options_end_early(benchmark: ModuleType, wrong: list[str]) -> None:
     with pytest.raises(SystemExit):
         benchmark.main(wrong)

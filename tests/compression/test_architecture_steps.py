@@ -1,4 +1,4 @@
-"""Structured pruning and low rank as whole steps of a recipe, for both tasks: calibrated, recovered, done once."""
+"""Structured pruning and low rank as whole steps of a recipe, for every task: calibrated, recovered, done once."""
 
 from __future__ import annotations
 
@@ -12,46 +12,31 @@ import torch
 from train_then_compress.compression.bench import Bench
 from train_then_compress.compression.compressed import Compressed
 from train_then_compress.compression.recipe import compress
-from train_then_compress.config import Config
-from train_then_compress.config.labelled import CsvFiles
-from train_then_compress.data.examples import Labelled, prepare_labelled
-from train_then_compress.data.prepare import Prepared
 from train_then_compress.records import RunDirectory, plan
-from train_then_compress.tasks import task_of
+from train_then_compress.tasks import RunTask
 from train_then_compress.tracking.metrics import MetricsLog
 
 #: From a recipe and the settings of its steps: what its stages make of a fresh model, in a run's directory.
 Made = Callable[[str, dict[str, Any], Path], tuple[Compressed, Bench]]
 
 
-@pytest.fixture(scope="module")
-def labelled(labelled_file: Path, prepared: Prepared, cache: Path) -> Labelled:
-    return prepare_labelled(CsvFiles(train=str(labelled_file), sequence_length=32), prepared.tokenizer, cache)
+@pytest.fixture(params=["mlm", "classification", "translation"])
+def kind(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
 
 
-@pytest.fixture(params=["mlm", "classification"])
-def made(
-    request: pytest.FixtureRequest, build_config: Callable[..., Config], labelled_file: Path, prepared: Prepared,
-    labelled: Labelled,
-) -> Made:  # fmt: skip
-    """Validation accuracy never reaches the dense one, which is said to be 1: recovery takes all its steps."""
-    common: dict[str, Any] = {
-        "model": {"depth": 2, "width": 32, "head_size": 8}, "evaluation": {"validation_sequences": 16},
-        "optimizer": {"lr": 3e-3, "batch_size": 8}, "runtime": {"dtype": "fp32"},
-    }  # fmt: skip
-    classification: dict[str, Any] = {
-        "task": {"name": "classification"}, "pretrain": {"data": {"name": "sotu_wiki", "sequence_length": 32}},
-        "data": {"name": "csv_files", "train": str(labelled_file), "sequence_length": 32},
-    }  # fmt: skip
+@pytest.fixture
+def made(kind: str, build_task: Callable[..., RunTask]) -> Made:
+    """Validation quality never reaches the dense one, which is said to be 100: recovery takes all its steps."""
 
     def make(recipe: str, steps: dict[str, Any], directory: Path) -> tuple[Compressed, Bench]:
-        asked: dict[str, Any] = {"recipes": [recipe], "steps": steps, **common}
-        mlm = request.param == "mlm"
-        config = build_config(**asked) if mlm else Config.build(asked | classification)
-        data, planned, run = prepared if mlm else labelled, plan(config, "data", {}), RunDirectory(directory)
-        task = task_of(config, data)
-        model = task.new_model()
-        bench = Bench(task, config, run, MetricsLog(run.metrics), 1.0, model, planned.dense)
+        task = build_task(
+            kind, model={"depth": 2, "head_size": 8}, evaluation={"validation_sequences": 16}, optimizer={"lr": 3e-3},
+            recipes=[recipe], steps=steps,
+        )  # fmt: skip
+        planned, run, model = plan(task.config, "data", {}), RunDirectory(directory), task.new_model()
+        bench = Bench(task, task.config, run, MetricsLog(run.metrics), 100.0, model, planned.dense)
         return compress(model, planned.recipes[recipe], bench), bench
 
     return make
@@ -79,12 +64,15 @@ def equal(one: Compressed, other: Compressed) -> bool:
 
 
 @pytest.mark.parametrize("importance", ["taylor", "magnitude"])
-def test_structured_increments_are_recovered_and_done_once(made: Made, tmp_path: Path, importance: str) -> None:
+def test_structured_increments_are_recovered_and_done_once(
+    made: Made, kind: str, tmp_path: Path, importance: str
+) -> None:
     settings = {"increment": 25, "importance": importance, "scope": "global", "calibration_batches": 2}
     steps = {"structured": settings | {"recovery": recovery(3)}}
     compressed, bench = made("structured50", steps, tmp_path)
-    assert [sum(entry["heads"]) for entry in compressed.structure] == [6, 4]
-    assert [sum(entry["ffn"]) for entry in compressed.structure] == [192, 128]
+    attentions, layers = (6, 4) if kind == "translation" else (2, 2)
+    assert [sum(entry["heads"]) for entry in compressed.structure] == [3 * attentions, 2 * attentions]
+    assert [sum(entry["ffn"]) for entry in compressed.structure] == [96 * layers, 64 * layers]
     records = records_of(bench, "structured50")
     assert [record["clock"]["steps"] for record in records] == [3, 3]
     tokens = tokens_of(bench, "structured50", 2 if importance == "taylor" else 0)
@@ -94,14 +82,15 @@ def test_structured_increments_are_recovered_and_done_once(made: Made, tmp_path:
 
 
 @pytest.mark.parametrize("weighting", ["activations", "none"])
-def test_low_rank_is_calibrated_recovered_and_done_once(made: Made, tmp_path: Path, weighting: str) -> None:
+def test_low_rank_is_calibrated_recovered_and_done_once(made: Made, kind: str, tmp_path: Path, weighting: str) -> None:
     settings = {"weighting": weighting, "embeddings": True, "calibration_batches": 2, "recovery": recovery(3)}
     compressed, bench = made("svd40", {"svd": settings}, tmp_path)
     (record,) = records_of(bench, "svd40")
     tokens = tokens_of(bench, "svd40", 2 if weighting == "activations" else 0)
     assert record["clock"]["steps"] == 3 and [record["calibration_tokens"]] == tokens
     vocabulary = bench.task.vocab_size  # type: ignore[attr-defined]
-    expected = [9, 6, 10, 10, 9, 6, 10, 10, 40 * vocabulary * 32 // (100 * (vocabulary + 32))]
+    expected = [9, 6, 10, 10] * 2 + ([9, 6, 10, 10, 6, 8, 6] * 2 if kind == "translation" else [])
+    expected.append(40 * vocabulary * 32 // (100 * (vocabulary + 32)))
     assert compressed.structure[0]["ranks"] == expected
     again, _ = made("svd40", {"svd": settings}, tmp_path)
     assert equal(again, compressed) and bench.task.evaluate(again.model, "test").facts["loss"] > 0

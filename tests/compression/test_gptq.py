@@ -202,6 +202,12 @@ def test_layers_of_a_block_are_done_together() -> None:
 
 # Whole models.
 
+#: By task, the blocks of a model and the number of their linear layers.
+BLOCKS = {
+    "mlm": {"encoder.layers.0.": 4, "encoder.layers.1.": 4, "head.": 1},
+    "translation": {"encoder.layers.0.": 4, "decoder.layers.0.": 7},
+}
+
 
 def bench_of(task: RunTask, directory: Path) -> Bench:
     key = StageKey("gptq", "0123456789abcdef")
@@ -216,21 +222,23 @@ def run_gptq(compressed: Compressed, bench: Bench, recipe: str = "gptq4", **sett
     return step.config
 
 
+@pytest.mark.parametrize("name", BLOCKS)
 def test_each_block_is_calibrated_behind_the_quantized_ones_before_it(
-    build_task: Callable[..., RunTask], tmp_path: Path
+    build_task: Callable[..., RunTask], tmp_path: Path, name: str
 ) -> None:
-    task = build_task("mlm")
+    task = build_task(name)
     dense = task.new_model()
     compressed, bench = Compressed(copy.deepcopy(dense)), bench_of(task, tmp_path)
     config = run_gptq(compressed, bench)
     parts = list(bench_of(task, tmp_path).calibration(3))
     model, done = copy.deepcopy(dense), dict(compressed.model.named_parameters())
     mixed = dict(model.named_parameters())
-    mixed["encoder.embedding.weight"].data.copy_(quantize(dense.encoder.embedding.weight, 4, config).dequantize())
-    for block in ("encoder.layers.0.", "encoder.layers.1.", "head."):
+    table = "embedding.weight" if name == "translation" else "encoder.embedding.weight"
+    mixed[table].data.copy_(quantize(dense.get_parameter(table).detach(), 4, config).dequantize())
+    for block, count in BLOCKS[name].items():
         names = [name for name in compressed.codes if name.startswith(block)]
         moments = second_moments(model, task, parts)
-        assert len(names) == (1 if block == "head." else 4)
+        assert len(names) == count
         for name in names:
             expected = gptq(mixed[name].detach(), moments[name], 4, config)
             assert torch.equal(compressed.codes[name].codes, expected.codes), name
@@ -267,7 +275,7 @@ def test_a_layer_that_no_text_reaches_is_rounded_to_nearest(build_task: Callable
     assert torch.equal(compressed.codes["never_used.weight"].codes, quantize(weight, 4, config).codes)
 
 
-@pytest.mark.parametrize("name", ["mlm", "classification"])
+@pytest.mark.parametrize("name", ["mlm", "classification", "translation"])
 @pytest.mark.parametrize("batches", [1, 3])
 def test_calibration_tokens_stand_in_the_ledger(
     batches: int, name: str, build_task: Callable[..., RunTask], tmp_path: Path
@@ -275,11 +283,14 @@ def test_calibration_tokens_stand_in_the_ledger(
     task = build_task(name)
     bench = bench_of(task, tmp_path)
     run_gptq(Compressed(task.new_model()), bench, calibration_batches=batches)
-    drawn = [task.with_seed(bench.seed).batch(step).tokens for step in range(batches)]
-    assert bench.ledger.calibration_tokens == sum(int((tokens != PAD).sum()) for tokens in drawn) > 0
+    drawn = [task.with_seed(bench.seed).batch(step) for step in range(batches)]
+    texts = [
+        text for batch in drawn for text in ((batch.source, batch.target) if name == "translation" else (batch.tokens,))
+    ]
+    assert bench.ledger.calibration_tokens == sum(int((text != PAD).sum()) for text in texts) > 0
 
 
-@pytest.mark.parametrize("name", ["mlm", "classification"])
+@pytest.mark.parametrize("name", ["mlm", "classification", "translation"])
 @pytest.mark.parametrize("sparsity", [0, 0.6])
 @pytest.mark.parametrize("settings", [{}, {"symmetric": False, "granularity": "channel", "activation_order": True}])
 def test_a_packed_file_gives_the_same_model_back_and_pruned_weights_stay_zero(

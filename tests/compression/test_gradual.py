@@ -96,7 +96,7 @@ def test_masks_grow_by_the_schedule_and_the_smallest_weights_go(
 
 
 @pytest.mark.parametrize("step", [8, 10, 20])
-@pytest.mark.parametrize("task", ["mlm", "classification"])
+@pytest.mark.parametrize("task", ["mlm", "classification", "translation"])
 def test_a_stopped_training_goes_on_to_the_same_weights(
     stand: Callable[..., Any], stopped: Callable[..., Any], task: str, step: int
 ) -> None:
@@ -108,11 +108,12 @@ def test_a_stopped_training_goes_on_to_the_same_weights(
     assert all(torch.equal(mask, undisturbed.masks[name]) for name, mask in resumed.masks.items())
 
 
+@pytest.mark.parametrize("task", ["mlm", "translation"])
 @pytest.mark.parametrize("embeddings", [True, False])
 def test_the_end_has_the_sparsity_asked_for_and_an_ordinary_model(
-    stand: Callable[..., Any], tmp_path: Path, embeddings: bool
+    stand: Callable[..., Any], tmp_path: Path, embeddings: bool, task: str
 ) -> None:
-    place = stand("gradual60", gradual=settings(embeddings=embeddings))
+    place = stand("gradual60", task, gradual=settings(embeddings=embeddings))
     before = place.model.state_dict()
     compressed = place.compress()
     names = [name for name, _ in compressed.model.named_parameters()]
@@ -125,9 +126,12 @@ def test_the_end_has_the_sparsity_asked_for_and_an_ordinary_model(
     place.assert_comes_back(compressed, tmp_path)
 
 
+@pytest.mark.parametrize("task", ["mlm", "translation"])
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_where_nothing_moves_the_end_is_torchs_one_shot_pruning(stand: Callable[..., Any], scope: str) -> None:
-    place = stand("gradual60", gradual={"scope": scope, "training": TRAINING | {"lr_factor": 1e-12}})
+def test_where_nothing_moves_the_end_is_torchs_one_shot_pruning(
+    stand: Callable[..., Any], scope: str, task: str
+) -> None:
+    place = stand("gradual60", task, gradual={"scope": scope, "training": TRAINING | {"lr_factor": 1e-12}})
     expected = copy.deepcopy(place.model)
     kinds = (nn.Linear, nn.Embedding)
     modules = {f"{name}.weight": module for name, module in expected.named_modules() if isinstance(module, kinds)}

@@ -18,14 +18,9 @@ from train_then_compress.compression.compressed import Codes, Compressed, matric
 from train_then_compress.compression.lsq import LearnedSteps, Round
 from train_then_compress.compression.packing import pack, unpack
 from train_then_compress.compression.prune import prune
-from train_then_compress.config import Config, ConfigError, RobertaConfig, parse_recipe
-from train_then_compress.config.labelled import CsvFiles
+from train_then_compress.config import BudgetConfig, ConfigError, RobertaConfig, parse_recipe
 from train_then_compress.config.steps import Lsq, Prune
-from train_then_compress.data.examples import Labelled, prepare_labelled
-from train_then_compress.data.prepare import Prepared
-from train_then_compress.records import RunDirectory, StageKey, read_rows
-from train_then_compress.tasks import task_of
-from train_then_compress.tracking.metrics import MetricsLog
+from train_then_compress.records import read_rows
 from train_then_compress.tracking.progress import StageProgress
 from train_then_compress.training import interrupt
 from train_then_compress.training.checkpoint import Checkpoints
@@ -37,33 +32,14 @@ BITS = [8, 6, 4, 3, 2]
 PEAK = 1e-2
 
 
-@pytest.fixture(scope="module")
-def labelled(labelled_file: Path, prepared: Prepared, cache: Path) -> Labelled:
-    return prepare_labelled(CsvFiles(train=str(labelled_file), sequence_length=32), prepared.tokenizer, cache)
-
-
 @pytest.fixture
-def make_bench(
-    text_file: Path, labelled_file: Path, prepared: Prepared, labelled: Labelled, tmp_path: Path
-) -> MakeBench:
+def new_bench(make_bench: MakeBench) -> MakeBench:
     """A function that gives the bench of a task in a directory, with an untrained ``teacher``."""
 
-    def make(task: str = "mlm", place: str = "run", dropout: float = 0.0) -> Bench:
-        text = {"name": "text_files", "train": str(text_file), "vocab_size": 400, "sequence_length": 32}
-        values: dict[str, Any] = {
-            "model": {"depth": 2, "width": 32, "head_size": 16, "dropout": dropout}, "task": {"name": task},
-            "optimizer": {"batch_size": 8, "lr": PEAK}, "runtime": {"dtype": "fp32"},
-            "budget": {"kind": "steps", "value": 150}, "data": text,
-        }  # fmt: skip
-        if task == "classification":
-            values |= {"pretrain": {"data": text}}
-            values |= {"data": {"name": "csv_files", "train": str(labelled_file), "sequence_length": 32}}
-        config = Config.build(values)
-        own = task_of(config, labelled if task == "classification" else prepared)
-        run = RunDirectory(tmp_path / place)
-        return Bench(own, config, run, MetricsLog(run.metrics), 0.0, own.new_model(), StageKey("lsq", "7" * 64))
+    def new(task: str = "mlm", place: str = "run", dropout: float = 0.0) -> Bench:
+        return make_bench(task, place, model={"dropout": dropout}, optimizer={"lr": PEAK})
 
-    return make
+    return new
 
 
 def trained_by(bench: Bench, bits: int, start: Compressed | None = None, **settings: Any) -> Compressed:
@@ -185,10 +161,10 @@ def test_codes_are_the_rounded_weights_with_the_step_as_stored(bits: int) -> Non
     assert (learned.codes(weight).scale > 0).all() and learned.codes(weight).dequantize().isfinite().all()
 
 
-@pytest.mark.parametrize("task", ["mlm", "classification"])
-def test_every_use_of_a_matrix_is_rounded_and_sends_back_its_gradient(make_bench: MakeBench, task: str) -> None:
-    """Against a plain model that was given the rounded weights; the masked LM's embedding is used twice."""
-    bench = make_bench(task)
+@pytest.mark.parametrize("task", ["mlm", "classification", "translation"])
+def test_every_use_of_a_matrix_is_rounded_and_sends_back_its_gradient(new_bench: MakeBench, task: str) -> None:
+    """Against a plain model that was given the rounded weights; a tied embedding is used twice or more."""
+    bench = new_bench(task)
     model, plain = copy.deepcopy(bench.teacher).eval(), copy.deepcopy(bench.teacher).eval()
     bits, largest = 3, 3
     parameters = dict(model.named_parameters())
@@ -219,11 +195,11 @@ def test_every_use_of_a_matrix_is_rounded_and_sends_back_its_gradient(make_bench
 
 @pytest.mark.parametrize("bits", [4, 2])
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
-@pytest.mark.parametrize("task", ["mlm", "classification"])
+@pytest.mark.parametrize("task", ["mlm", "classification", "translation"])
 def test_a_packed_file_gives_the_trained_models_logits(
-    make_bench: MakeBench, tmp_path: Path, task: str, granularity: str, bits: int
+    new_bench: MakeBench, tmp_path: Path, task: str, granularity: str, bits: int
 ) -> None:
-    bench = make_bench(task)
+    bench = new_bench(task)
     settings = {"granularity": granularity, "group_size": 16, "max_steps": 3}
     compressed = trained_by(bench, bits, **settings)
     names = [name for name, _ in bench.teacher.named_parameters()]
@@ -242,8 +218,8 @@ def test_a_packed_file_gives_the_trained_models_logits(
     assert not torch.equal(compressed.model.get_parameter(unquantized), bench.teacher.get_parameter(unquantized))
 
 
-def test_the_rate_falls_linearly_to_zero(make_bench: MakeBench) -> None:
-    bench = make_bench()
+def test_the_rate_falls_linearly_to_zero(new_bench: MakeBench) -> None:
+    bench = new_bench()
     trained_by(bench, 4, max_steps=5, lr_factor=0.5)
     rates = {row["steps"]: row["lr"] for row in read_rows(bench.run.metrics) if row["split"] == "train"}
     assert rates == pytest.approx({step: 0.5 * PEAK * (1 - (step - 0.5) / 5) for step in range(1, 6)})
@@ -251,8 +227,8 @@ def test_the_rate_falls_linearly_to_zero(make_bench: MakeBench) -> None:
 
 
 @pytest.mark.parametrize("embeddings", [True, False])
-def test_pruned_weights_stay_zero_and_the_rest_is_trained(make_bench: MakeBench, embeddings: bool) -> None:
-    bench = make_bench()
+def test_pruned_weights_stay_zero_and_the_rest_is_trained(new_bench: MakeBench, embeddings: bool) -> None:
+    bench = new_bench()
     pruned = Compressed(copy.deepcopy(bench.teacher))
     prune(pruned, 0.6, Prune())
     before = {name: parameter.detach().clone() for name, parameter in pruned.model.named_parameters()}
@@ -266,12 +242,12 @@ def test_pruned_weights_stay_zero_and_the_rest_is_trained(make_bench: MakeBench,
             assert torch.equal(weight, compressed.codes[name].dequantize())
 
 
-@pytest.mark.parametrize("task", ["mlm", "classification"])
+@pytest.mark.parametrize("task", ["mlm", "classification", "translation"])
 def test_interrupted_in_the_middle_it_ends_in_the_same_weights(
-    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch, task: str
+    new_bench: MakeBench, monkeypatch: pytest.MonkeyPatch, task: str
 ) -> None:
-    undisturbed = trained_by(make_bench(task, "undisturbed", dropout=0.1), 3, max_steps=12)
-    bench, calls = make_bench(task, "stopped", dropout=0.1), iter(range(100))
+    undisturbed = trained_by(new_bench(task, "undisturbed", dropout=0.1), 3, max_steps=12)
+    bench, calls = new_bench(task, "stopped", dropout=0.1), iter(range(100))
     with monkeypatch.context() as patch:
         patch.setattr(interrupt, "requested", lambda: next(calls) == 6)
         with pytest.raises(interrupt.Interrupted, match="stopped at step 7"):
@@ -284,10 +260,12 @@ def test_interrupted_in_the_middle_it_ends_in_the_same_weights(
     assert len(rows) == len(set(rows)) and bench.ledger.clock.steps == 12
 
 
-def test_at_two_bits_training_beats_rounding(make_bench: MakeBench, tmp_path: Path) -> None:
-    bench = make_bench("classification")
+def test_at_two_bits_training_beats_rounding(new_bench: MakeBench, tmp_path: Path) -> None:
+    bench = new_bench("classification")
     config, model = bench.config, bench.teacher
-    training = Training(config.budget, config.optimizer, schedule(config.optimizer), [1.0], config.seed)
+    training = Training(
+        BudgetConfig(kind="steps", value=150), config.optimizer, schedule(config.optimizer), [1.0], config.seed
+    )
     with StageProgress("pretrain") as display:
         checkpoints = Checkpoints(tmp_path / "dense", 1e9)
         fit(model, bench.task, training, Desk("pretrain", config.runtime, checkpoints, bench.metrics, display))

@@ -178,12 +178,6 @@ def test_pruned_before_and_quantized_after_zeros_stay(stand: Callable[..., Any],
     place.assert_comes_back(compressed, tmp_path)
 
 
-LABELLED = {
-    "task": {"name": "classification"}, "data": {"name": "csv_files", "train": "a.csv"}, "pretrain": {},
-    "budget": {"kind": "epochs", "value": 1},
-}  # fmt: skip
-
-
 @pytest.mark.parametrize(
     "recipe, movement, words",
     [
@@ -194,13 +188,15 @@ LABELLED = {
         ("movement60", {"recovery": {}}, "steps.movement.recovery={}: there is no such setting"),
     ],
 )  # fmt: skip
-def test_wrong_settings_are_refused_in_words(recipe: str, movement: dict[str, Any], words: str) -> None:
+def test_wrong_settings_are_refused_in_words(
+    labelled: dict[str, Any], recipe: str, movement: dict[str, Any], words: str
+) -> None:
     with pytest.raises(ConfigError) as error:
-        Config.build(LABELLED | {"recipes": [recipe], "steps": {"movement": movement}})
+        Config.build(labelled | {"recipes": [recipe], "steps": {"movement": movement}})
     assert words in str(error.value)
 
 
-def test_it_is_for_classification_only() -> None:
-    Config.build(LABELLED | {"recipes": ["movement60"]})
+def test_it_is_for_classification_only(labelled: dict[str, Any]) -> None:
+    Config.build(labelled | {"recipes": ["movement60"]})
     with pytest.raises(ConfigError, match="'movement60': movement works for task=classification only"):
         Config.build({"recipes": ["movement60"]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ from train_then_compress.compression.prune import prune
 from train_then_compress.compression.quant import quantize
 from train_then_compress.config import RobertaConfig
 from train_then_compress.config.steps import Prune, Quant
-from train_then_compress.models.roberta import Classifier, MaskedLM, TokenEmbedding
+from train_then_compress.models.layers import TokenEmbedding
+from train_then_compress.models.roberta import Classifier, MaskedLM
 
 VOCABULARY, LENGTH = 96, 16
 SHAPE = RobertaConfig(depth=2, width=64, head_size=16)
@@ -148,6 +150,26 @@ def test_factored_layers_and_embeddings_are_packed_too() -> None:
     assert kinds[f"{layers}.1.attention.output.first"] is PackedLinear  # 20 outputs
     expected, logits = logits_of(compressed.model), logits_of(packed)
     assert 0 < float((logits - expected).norm() / expected.norm()) < 0.01
+
+
+@pytest.mark.parametrize("ranks", [None, [12] * 12], ids=["dense", "factored"])
+def test_a_translator_reads_and_decodes_on_packed_layers(small: Any, ranks: list[int] | None) -> None:
+    """By torch's kernel, or unpacked where factors are too thin for it."""
+    changed = Compressed(small("translation", depth=1))
+    if ranks:
+        changed.change({"method": "svd", "embeddings": True, "ranks": ranks})
+    compressed = compressed_model(Quant(), model=changed.model)
+    packed: Any = to_packed_linears(compressed)
+    linear = [module for name, module in packed.named_modules() if f"{name}.weight" in compressed.codes]
+    assert all(isinstance(module, Int4Linear | PackedLinear | PackedEmbedding) for module in linear)
+    assert len(linear) == (24 if ranks else 12) == len(compressed.codes)
+    expected, logits = small.logits(compressed.model), small.logits(packed)
+    assert float((logits - expected).norm() / expected.norm()) < 0.01
+    source, target = small.tokens(), small.targets()
+    with torch.inference_mode():
+        memory, cache = packed.remember(source), packed.new_cache(len(source))
+        steps = [packed.step(tokens[:, None], memory, cache)[:, 0] for tokens in target.unbind(1)]
+    assert float((torch.stack(steps, 1).flatten(0, 1) - expected).norm() / expected.norm()) < 0.01
 
 
 def test_a_stored_model_is_packed_the_same(tmp_path: Path) -> None:

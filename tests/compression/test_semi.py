@@ -22,7 +22,7 @@ from train_then_compress.cost.flops import forward_flops
 
 CRITERIA = [
     ("magnitude", "mlm"), ("magnitude", "classification"), ("wanda", "mlm"), ("wanda", "classification"),
-    ("movement", "classification"),
+    ("movement", "classification"), ("magnitude", "translation"), ("wanda", "translation"),
 ]  # fmt: skip
 TRAINING = {"steps": 8, "begin": 0.1, "ramp": 0.7, "every": 1, "lr_factor": 1.0}
 
@@ -58,10 +58,11 @@ def test_of_each_four_two_are_zero_in_every_linear_layer(
     assert all(not torch.equal(moved[name], parameter) for name, parameter in place.model.named_parameters())
     dense, sparse = forward_flops(place.model), forward_flops(compressed.model, nonzero=True)
     assert sparse.per_token_in_matrices == dense.per_token_in_matrices / 2
+    assert sparse.per_target_in_matrices == dense.per_target_in_matrices / 2
     place.assert_comes_back(compressed, tmp_path)
 
 
-@pytest.mark.parametrize("task", ["mlm", "classification"])
+@pytest.mark.parametrize("task", ["mlm", "classification", "translation"])
 def test_by_magnitude_it_is_torchs_sparsifier(stand: Callable[..., Any], task: str) -> None:
     place = stand("semi50", task, semi=settings("magnitude", max_steps=0))
     expected = copy.deepcopy(place.model)
@@ -109,12 +110,6 @@ def test_wider_sparsity_may_follow_and_quantization_keeps_the_zeros(stand: Calla
     place.assert_comes_back(compressed, tmp_path)
 
 
-LABELLED = {
-    "task": {"name": "classification"}, "data": {"name": "csv_files", "train": "a.csv"}, "pretrain": {},
-    "budget": {"kind": "epochs", "value": 1},
-}  # fmt: skip
-
-
 @pytest.mark.parametrize(
     "settings, words",
     [
@@ -128,8 +123,6 @@ LABELLED = {
          "steps.semi.criterion=movement: works for task=classification only"),
         ({"recipes": ["semi50"], "steps": {"semi": {"calibration_batches": 0}}},
          "steps.semi.calibration_batches=0: must be greater than or equal to 1"),
-        (LABELLED | {"recipes": ["semi50"], "steps": {"semi": {"criterion": "movement", "training": {"begin": 0.8}}}},
-         "steps.semi.training.every=1: the sparsity must rise at least once"),
     ],
 )  # fmt: skip
 def test_wrong_settings_are_refused_in_words(settings: dict[str, Any], words: str) -> None:
@@ -138,9 +131,12 @@ def test_wrong_settings_are_refused_in_words(settings: dict[str, Any], words: st
     assert words in str(error.value)
 
 
-def test_movement_is_allowed_where_it_has_a_finetuning() -> None:
-    config = Config.build(LABELLED | {"recipes": ["semi50"], "steps": {"semi": {"criterion": "movement"}}})
+def test_movement_is_allowed_where_it_has_a_finetuning(labelled: dict[str, Any]) -> None:
+    asked = labelled | {"recipes": ["semi50"]}
+    config = Config.build(asked | {"steps": {"semi": {"criterion": "movement"}}})
     assert [step.config for step in config.parsed_recipes()["semi50"]] == [Semi(criterion="movement")]
+    with pytest.raises(ConfigError, match=r"steps\.semi\.training\.every=1: the sparsity must rise at least once"):
+        Config.build(asked | {"steps": {"semi": {"criterion": "movement", "training": {"begin": 0.8}}}})
 
 
 def test_inputs_that_an_earlier_step_made_no_multiple_of_four_are_refused() -> None:

@@ -19,47 +19,27 @@ from train_then_compress.compression.compressed import Compressed
 from train_then_compress.compression.packing import pack, unpack
 from train_then_compress.compression.prune import prune
 from train_then_compress.compression.smooth import SmoothLinear
-from train_then_compress.config import Config, ConfigError, RobertaConfig, parse_recipe
-from train_then_compress.config.labelled import CsvFiles
+from train_then_compress.config import ConfigError, RobertaConfig, parse_recipe
 from train_then_compress.config.steps import Prune
-from train_then_compress.data.examples import Labelled, prepare_labelled
-from train_then_compress.data.prepare import PAD, Prepared
+from train_then_compress.data.prepare import PAD
+from train_then_compress.models.layers import EncoderLayer
 from train_then_compress.point import costs
-from train_then_compress.records import RunDirectory, StageKey
-from train_then_compress.tasks import task_of
-from train_then_compress.tracking.metrics import MetricsLog
 
 MakeBench = Callable[..., Bench]
 WIDTH = 32
 OUTLIER = 60
-
-
-@pytest.fixture(scope="module")
-def labelled(labelled_file: Path, prepared: Prepared, cache: Path) -> Labelled:
-    return prepare_labelled(CsvFiles(train=str(labelled_file), sequence_length=32), prepared.tokenizer, cache)
+#: By task, the linear layers inside the layers of two of each side.
+LAYERS = {"mlm": 8, "classification": 8, "translation": 22}
 
 
 @pytest.fixture
-def make_bench(
-    text_file: Path, labelled_file: Path, prepared: Prepared, labelled: Labelled, tmp_path: Path
-) -> MakeBench:
-    """A function that gives the bench of a task; its ``teacher`` is a model with outliers: ``make_bench("mlm")``."""
+def outlying(make_bench: MakeBench) -> MakeBench:
+    """A function that gives the bench of a task; its ``teacher`` is a model with outliers: ``outlying("mlm")``."""
 
     def make(task: str = "mlm", norm: str = "pre") -> Bench:
-        text = {"name": "text_files", "train": str(text_file), "vocab_size": 400, "sequence_length": 32}
-        values: dict[str, Any] = {
-            "model": {"depth": 2, "width": WIDTH, "head_size": 16, "norm": norm}, "optimizer": {"batch_size": 8},
-            "task": {"name": task}, "runtime": {"dtype": "fp32"}, "data": text,
-        }  # fmt: skip
-        if task == "classification":
-            values |= {"pretrain": {"data": text}}
-            values |= {"data": {"name": "csv_files", "train": str(labelled_file), "sequence_length": 32}}
-        config = Config.build(values)
-        own = task_of(config, labelled if task == "classification" else prepared)
-        model = own.new_model().eval()
-        add_outliers(model)
-        run = RunDirectory(tmp_path)
-        return Bench(own, config, run, MetricsLog(run.metrics), 0.0, model, StageKey("smooth8", "5" * 64))
+        bench = make_bench(task, model={"depth": 2, "norm": norm})
+        add_outliers(bench.teacher.eval())
+        return bench
 
     return make
 
@@ -71,19 +51,36 @@ def add_outliers(model: nn.Module) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-        for layer in model.get_submodule("encoder.layers"):  # type: ignore[union-attr]
+        layers: list[Any] = [module for module in model.modules() if isinstance(module, EncoderLayer)]
+        for layer in layers:
             attention, feed_forward = layer.attention, layer.feed_forward
-            value_channel = 2 * WIDTH + 5
-            attention.query_key_value.weight[value_channel] *= OUTLIER
-            attention.output.weight[:, 5] /= OUTLIER
+            spoil_values(attention.query_key_value, attention.output)
             feed_forward.inner.bias[11] += OUTLIER / 2
             feed_forward.outer.weight[:, 11] /= OUTLIER
+            if hasattr(layer, "cross_attention"):
+                spoil_values(layer.cross_attention.key_value, layer.cross_attention.output)
             if layer.pre_norm:
-                pairs = (layer.attention_norm, attention.query_key_value), (layer.feed_forward_norm, feed_forward.inner)
-                for norm, linear in pairs:
-                    norm.weight[3] *= OUTLIER
-                    norm.bias[3] *= OUTLIER
-                    linear.weight[:, 3] /= OUTLIER
+                spoil(layer.attention_norm, attention.query_key_value)
+                spoil(layer.feed_forward_norm, feed_forward.inner)
+                if hasattr(layer, "cross_attention"):
+                    spoil(layer.cross_attention_norm, layer.cross_attention.query)
+        decoder: Any = getattr(model, "decoder", None)
+        if decoder is not None and layers[0].pre_norm:
+            spoil(model.get_submodule("encoder.final_norm"), *(layer.cross_attention.key_value for layer in decoder))
+
+
+def spoil(norm: Any, *readers: nn.Linear) -> None:
+    """Channel 3 becomes large, and those who read it take that back."""
+    norm.weight[3] *= OUTLIER
+    norm.bias[3] *= OUTLIER
+    for linear in readers:
+        linear.weight[:, 3] /= OUTLIER
+
+
+def spoil_values(projection: nn.Linear, output: nn.Linear) -> None:
+    """The last of what is projected are values: the same for one of them."""
+    projection.weight[len(projection.weight) - WIDTH + 5] *= OUTLIER
+    output.weight[:, 5] /= OUTLIER
 
 
 def smoothed_by(bench: Bench, model: nn.Module | None = None, **settings: Any) -> Compressed:
@@ -108,11 +105,11 @@ def smooth_layers(model: nn.Module) -> dict[str, SmoothLinear]:
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.8])
 @pytest.mark.parametrize("norm", ["pre", "post"])
-@pytest.mark.parametrize("task", ["mlm", "classification"])
+@pytest.mark.parametrize("task", LAYERS)
 def test_without_rounding_nothing_changes(
-    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch, task: str, norm: str, alpha: float
+    outlying: MakeBench, monkeypatch: pytest.MonkeyPatch, task: str, norm: str, alpha: float
 ) -> None:
-    bench = make_bench(task, norm)
+    bench = outlying(task, norm)
     monkeypatch.setattr(smooth, "rounded", lambda x, step: x)
     compressed = Compressed(copy.deepcopy(bench.teacher))
     ranges = smooth.input_ranges(compressed.model, bench, 2)
@@ -122,8 +119,9 @@ def test_without_rounding_nothing_changes(
     assert torch.allclose(logits_of(bench, compressed.model), expected, rtol=1e-3, atol=1e-4 * float(expected.std()))
 
     layers, seen = smooth_layers(compressed.model), smooth.input_ranges(compressed.model, bench, 2)
-    folded = {name for name in layers if norm == "pre" and name.endswith(("query_key_value", "inner"))}
-    assert len(layers) == 8 and {name for name, layer in layers.items() if layer.smoothing is None} == folded
+    fed = ("query_key_value", "inner", "cross_attention.query")
+    folded = {name for name in layers if norm == "pre" and name.endswith(fed)}
+    assert len(layers) == LAYERS[task] and {name for name, layer in layers.items() if layer.smoothing is None} == folded
     for name, layer in layers.items():
         assert not torch.allclose(layer.weight, bench.teacher.get_parameter(f"{name}.weight"), rtol=0.05)
         inside = seen[name] if layer.smoothing is None else seen[name] / layer.smoothing
@@ -183,18 +181,20 @@ def test_dynamic_rounding_of_activations_is_torchs_for_each_token() -> None:
     assert torch.equal(smooth.rounded(nothing, smooth.dynamic_steps(nothing)), nothing)
 
 
-def test_static_ranges_are_those_of_real_positions_in_calibration(make_bench: MakeBench) -> None:
-    bench = make_bench()
+@pytest.mark.parametrize("task", ["mlm", "translation"])
+def test_static_ranges_are_those_of_real_positions_in_calibration(outlying: MakeBench, task: str) -> None:
+    bench = outlying(task)
     compressed = smoothed_by(bench, alpha=None, activations="static")
     observers: dict[str, MinMaxObserver] = {}
-    tokens: list[Tensor] = []
+    parts: list[Any] = []
 
     def watch(name: str) -> Callable[..., None]:
         observer = MinMaxObserver(torch.qint8, torch.per_tensor_symmetric, quant_min=-127, quant_max=127)
         observers[name] = observer
 
         def observe(module: nn.Module, inputs: tuple[Tensor]) -> None:
-            observer(inputs[0][tokens[-1] != PAD])
+            of_target = name.startswith("decoder") and not name.endswith(".key_value")
+            observer(inputs[0][(parts[-1].target if of_target else parts[-1].tokens) != PAD])
 
         return observe
 
@@ -202,9 +202,9 @@ def test_static_ranges_are_those_of_real_positions_in_calibration(make_bench: Ma
     for name in smooth_layers(compressed.model):
         model.get_submodule(name).register_forward_pre_hook(watch(name))
     for part in bench.calibration(2):
-        tokens.append(part.tokens)
+        parts.append(part)
         bench.task.logits(model, part)
-    assert any(bool((piece == PAD).any()) for piece in tokens)
+    assert any(bool((part.tokens == PAD).any()) for part in parts)
     for name, layer in smooth_layers(compressed.model).items():
         step, _ = observers[name].calculate_qparams()
         assert layer.step is not None and float(layer.step) == pytest.approx(float(step), rel=2**-8), name
@@ -212,9 +212,9 @@ def test_static_ranges_are_those_of_real_positions_in_calibration(make_bench: Ma
 
 
 @pytest.mark.parametrize("activations", ["dynamic", "static"])
-@pytest.mark.parametrize("task", ["mlm", "classification"])
-def test_with_outlier_channels_smoothing_errs_less(make_bench: MakeBench, task: str, activations: str) -> None:
-    bench = make_bench(task)
+@pytest.mark.parametrize("task", LAYERS)
+def test_with_outlier_channels_smoothing_errs_less(outlying: MakeBench, task: str, activations: str) -> None:
+    bench = outlying(task)
     dense, settings = logits_of(bench, bench.teacher), {"activations": activations, "granularity": "channel"}
     errors = {
         alpha: float((logits_of(bench, smoothed_by(bench, alpha=alpha, **settings).model) - dense).norm())
@@ -225,17 +225,19 @@ def test_with_outlier_channels_smoothing_errs_less(make_bench: MakeBench, task: 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 @pytest.mark.parametrize("embeddings", [True, False])
+@pytest.mark.parametrize("task", ["mlm", "translation"])
 def test_weights_are_rounded_after_smoothing_and_heads_are_left(
-    make_bench: MakeBench, granularity: str, embeddings: bool
+    outlying: MakeBench, granularity: str, embeddings: bool, task: str
 ) -> None:
-    bench = make_bench()
+    bench = outlying(task)
     unrounded = Compressed(copy.deepcopy(bench.teacher))
     ranges = smooth.input_ranges(unrounded.model, bench, 2)
     unrounded.change({"method": "smooth", "static": False, "smoothed": True})
     smooth.smooth(unrounded.model, ranges, 0.5)
     compressed = smoothed_by(bench, granularity=granularity, embeddings=embeddings)
     expected = {f"{name}.weight" for name in smooth_layers(compressed.model)}
-    assert set(compressed.codes) == expected | ({"encoder.embedding.weight"} if embeddings else set())
+    table = "embedding.weight" if task == "translation" else "encoder.embedding.weight"
+    assert set(compressed.codes) == expected | ({table} if embeddings else set())
     for name, parameter in compressed.model.named_parameters():
         before = unrounded.model.get_parameter(name)
         codes = compressed.codes.get(name)
@@ -251,11 +253,14 @@ def test_weights_are_rounded_after_smoothing_and_heads_are_left(
 
 
 @pytest.mark.parametrize("activations", ["dynamic", "static"])
-@pytest.mark.parametrize("task, norm", [("mlm", "pre"), ("mlm", "post"), ("classification", "pre")])
+@pytest.mark.parametrize(
+    "task, norm",
+    [("mlm", "pre"), ("mlm", "post"), ("classification", "pre"), ("translation", "pre"), ("translation", "post")],
+)
 def test_a_packed_file_gives_the_same_logits(
-    make_bench: MakeBench, tmp_path: Path, task: str, norm: str, activations: str
+    outlying: MakeBench, tmp_path: Path, task: str, norm: str, activations: str
 ) -> None:
-    bench = make_bench(task, norm)
+    bench = outlying(task, norm)
     compressed = smoothed_by(bench, activations=activations)
     path = tmp_path / "packed.safetensors"
     for dtype in (torch.float32, torch.bfloat16):
@@ -270,8 +275,8 @@ def test_a_packed_file_gives_the_same_logits(
             assert torch.equal(logits_of(bench, back.model), logits_of(bench, compressed.model))
 
 
-def test_pruned_weights_stay_zero(make_bench: MakeBench) -> None:
-    bench = make_bench()
+def test_pruned_weights_stay_zero(outlying: MakeBench) -> None:
+    bench = outlying()
     pruned = Compressed(copy.deepcopy(bench.teacher))
     prune(pruned, 0.6, Prune())
     with torch.no_grad():  # a channel that meets only zeros
@@ -287,8 +292,8 @@ def test_pruned_weights_stay_zero(make_bench: MakeBench) -> None:
     assert logits_of(bench, pruned.model).isfinite().all()
 
 
-def test_a_layer_that_calibration_never_reaches_is_only_rounded(make_bench: MakeBench) -> None:
-    bench = make_bench()
+def test_a_layer_that_calibration_never_reaches_is_only_rounded(outlying: MakeBench) -> None:
+    bench = outlying()
     model = copy.deepcopy(bench.teacher)
     spare = nn.Linear(WIDTH, 4)
     model.get_submodule("encoder.layers.1").spare = spare
@@ -299,8 +304,8 @@ def test_a_layer_that_calibration_never_reaches_is_only_rounded(make_bench: Make
     assert torch.allclose(layer.weight, spare.weight, atol=float(spare.weight.abs().max()) / 127)
 
 
-def test_rescaled_weights_are_not_compared_with_the_dense_ones(make_bench: MakeBench, tmp_path: Path) -> None:
-    bench = make_bench()
+def test_rescaled_weights_are_not_compared_with_the_dense_ones(outlying: MakeBench, tmp_path: Path) -> None:
+    bench = outlying()
     for name in ("model.safetensors", "packed.safetensors"):
         (tmp_path / name).write_bytes(b"12345")
     for alpha, compared in ((0.5, False), (None, True)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -16,59 +17,41 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from train_then_compress.compression.structured import choose, magnitude_scores, taylor_scores
-from train_then_compress.config import RobertaConfig
-from train_then_compress.data.prepare import PAD
 from train_then_compress.evaluation.predictions import IGNORED
-from train_then_compress.models.roberta import Classifier, MaskedLM
-from train_then_compress.tasks.masked_lm import Part
+from train_then_compress.models.roberta import Classifier
+from train_then_compress.models.transformer import Translator
+from train_then_compress.tasks import masked_lm, translation
 
-VOCABULARY, LENGTH = 60, 12
+LENGTH = 12
 SHAPES: list[dict[str, Any]] = [
     {"norm": "pre"}, {"norm": "post"}, {"positions": "rotary"}, {"positions": "sinusoidal", "norm": "post"},
 ]  # fmt: skip
-KINDS = ["mlm", "classification"]
-
-
-def new_model(kind: str = "mlm", seed: int = 0, **shape: Any) -> nn.Module:
-    """Four heads of 8 and 128 FFN units a layer; far from initialization, so that every part matters."""
-    torch.manual_seed(seed)
-    config = RobertaConfig(**{"depth": 2, "width": 32, "head_size": 8, **shape})
-    model = MaskedLM(config, VOCABULARY, LENGTH) if kind == "mlm" else Classifier(config, VOCABULARY, LENGTH, 3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def some_tokens(rows: int = 3) -> Tensor:
-    tokens = torch.randint(5, VOCABULARY, (rows, LENGTH), generator=torch.Generator().manual_seed(3))
-    tokens[-1, 8:] = PAD
-    return tokens
-
-
-def layers_of(model: nn.Module) -> list[Any]:
-    return list(model.get_submodule("encoder.layers").children())
+KINDS = ["mlm", "classification", "translation"]
 
 
 def losses(model: nn.Module, part: Any) -> Tensor:
     """Each example's summed loss, in float64."""
     if isinstance(model, Classifier):
         return F.cross_entropy(model(part.tokens), part.labels, reduction="none")
-    each = F.cross_entropy(model(part.tokens, part.where), part.targets, ignore_index=IGNORED, reduction="none")
-    return each.new_zeros(len(part.tokens)).index_add(0, part.where // LENGTH, each)
+    given = (part.source, part.target) if isinstance(model, Translator) else (part.tokens,)
+    each = F.cross_entropy(model(*given, part.where), part.targets, ignore_index=IGNORED, reduction="none")
+    return each.new_zeros(len(part.tokens)).index_add(0, part.where // given[-1].shape[1], each)
 
 
 EXACT: Any = SimpleNamespace(loss=lambda model, part: (losses(model, part).sum(), 1))
 
 
-def piece_of(kind: str, rows: int) -> Any:
-    tokens = some_tokens(rows)
+def piece_of(small: Any, kind: str, rows: int) -> Any:
+    tokens, targets = small.tokens(rows), small.targets(rows)
     if kind == "classification":
         return SimpleNamespace(tokens=tokens, labels=torch.arange(rows) % 3)
-    where = torch.tensor([row * LENGTH + place for row in range(rows) for place in (1, 4, 5)] + [0, 0])
-    targets = torch.arange(3 * rows + 2) + 7
-    targets[-2:] = IGNORED
-    return Part(tokens, where, targets, 3 * rows, True)
+    length = targets.shape[1] if kind == "translation" else LENGTH
+    where = torch.tensor([row * length + place for row in range(rows) for place in (1, 4, 5)] + [0, 0])
+    labels = torch.arange(3 * rows + 2) + 7
+    labels[-2:] = IGNORED
+    if kind == "translation":
+        return translation.Part(tokens, targets, where, labels, 3 * rows)
+    return masked_lm.Part(tokens, where, labels, 3 * rows, True)
 
 
 def difference(model: nn.Module, part: Any, scale: Callable[[float], Any], step: float = 1e-5) -> float:
@@ -99,59 +82,77 @@ def scale_layer(layer: nn.Module, gate: float) -> Callable[[], None]:
     return hook.remove
 
 
+def parts_of(model: nn.Module) -> dict[str, Any]:
+    """Layers, attentions and feed-forward networks by name."""
+    return {
+        name: module for name, module in model.named_modules()
+        if name.endswith(("attention", "feed_forward")) or name.rpartition(".")[0].endswith("layers")
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_taylor_importance_is_the_slope_of_the_loss_in_the_gate(kind: str, shape: dict[str, Any]) -> None:
-    model = new_model(kind, **shape).double()
-    part = piece_of(kind, 3)
-    scores = taylor_scores(model, EXACT, [part])
-    for number, layer in enumerate(layers_of(model)):
-        output, outer = layer.attention.output.weight, layer.feed_forward.outer.weight
-        heads = [difference(model, part, partial(scale_columns, output, slice(8 * h, 8 * h + 8))) for h in range(4)]
-        chosen = [0, 17, 64, 127]
-        ffn = [difference(model, part, partial(scale_columns, outer, slice(unit, unit + 1))) for unit in chosen]
-        assert scores["heads"][number].tolist() == pytest.approx(heads, rel=1e-5, abs=1e-8)
-        assert scores["ffn"][number][chosen].tolist() == pytest.approx(ffn, rel=1e-5, abs=1e-8)
-        whole = difference(model, part, partial(scale_layer, layer))
-        assert scores["layers"][number].tolist() == pytest.approx([whole], rel=1e-5, abs=1e-8)
-        assert min(heads) > 1e-3 and whole > 1e-3
+def test_taylor_importance_is_the_slope_of_the_loss_in_the_gate(small: Any, kind: str, shape: dict[str, Any]) -> None:
+    model = small(kind, **shape).double()
+    part = piece_of(small, kind, 3)
+    scores, modules = taylor_scores(model, EXACT, [part]), parts_of(model)
+    assert scores.keys() == modules.keys() and len(scores) == (14 if kind == "translation" else 6)
+    for name, module in modules.items():
+        if name.endswith("attention"):
+            places, weight = {h: slice(8 * h, 8 * h + 8) for h in range(4)}, module.output.weight
+        elif name.endswith("feed_forward"):
+            places, weight = {unit: slice(unit, unit + 1) for unit in (0, 17, 64, 127)}, module.outer.weight
+        else:
+            whole = difference(model, part, partial(scale_layer, module))
+            assert scores[name].tolist() == pytest.approx([whole], rel=1e-5, abs=1e-8) and whole > 1e-3
+            continue
+        slopes = [difference(model, part, partial(scale_columns, weight, place)) for place in places.values()]
+        assert scores[name][list(places)].tolist() == pytest.approx(slopes, rel=1e-5, abs=1e-8)
+        assert max(slopes) > 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_examples_count_alike_in_whatever_pieces_they_come(kind: str) -> None:
+def test_examples_count_alike_in_whatever_pieces_they_come(small: Any, kind: str) -> None:
     """And nothing stays on the model: neither hooks nor gradients nor another mode."""
-    model = new_model(kind).double().train()
-    whole = piece_of(kind, 4)
-    if kind == "classification":
-        pieces = [SimpleNamespace(tokens=whole.tokens[i:j], labels=whole.labels[i:j]) for i, j in ((0, 1), (1, 4))]
-    else:
-        pieces = [
-            Part(whole.tokens[i:j], whole.where[3 * i : 3 * j] - LENGTH * i, whole.targets[3 * i : 3 * j], 3, True)
-            for i, j in ((0, 1), (1, 4))
-        ]
+    model = small(kind).double().train()
+    whole = piece_of(small, kind, 4)
+    pieces = []
+    for rows in (slice(0, 1), slice(1, 4)):
+        if kind == "classification":
+            pieces.append(SimpleNamespace(tokens=whole.tokens[rows], labels=whole.labels[rows]))
+            continue
+        length = (whole.target if kind == "translation" else whole.tokens).shape[1]
+        mine = slice(3 * rows.start, 3 * rows.stop)
+        changes = {"where": whole.where[mine] - rows.start * length, "targets": whole.targets[mine], "terms": 3}
+        texts = ("source", "target") if kind == "translation" else ("tokens",)
+        pieces.append(dataclasses.replace(whole, **changes, **{name: getattr(whole, name)[rows] for name in texts}))
     together, apart = taylor_scores(model, EXACT, [whole]), taylor_scores(model, EXACT, pieces)
-    for unit, scores in together.items():
-        assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(scores, apart[unit], strict=True)), unit
+    assert all(torch.allclose(scores, apart[name], rtol=1e-10) for name, scores in together.items())
     assert model.training and all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_magnitude_is_the_norm_of_the_units_weights() -> None:
-    model = new_model()
-    scores = magnitude_scores(model)
-    for number, layer in enumerate(layers_of(model)):
-        projection = layer.attention.query_key_value.weight.detach().numpy()
-        output = layer.attention.output.weight.detach().numpy()
-        inner, outer = (getattr(layer.feed_forward, name).weight.detach().numpy() for name in ("inner", "outer"))
-        for head in range(4):
-            own = np.arange(8 * head, 8 * head + 8)
-            parts = [projection[own], projection[own + 32], projection[own + 64], output[:, own].T]
-            assert scores["heads"][number][head].item() == pytest.approx(np.linalg.norm(np.stack(parts)), rel=1e-5)
-        for unit in (0, 5, 127):
-            expected = np.sqrt((inner[unit] ** 2).sum() + (outer[:, unit] ** 2).sum())
-            assert scores["ffn"][number][unit].item() == pytest.approx(expected, rel=1e-5)
-        expected = np.linalg.norm(np.concatenate([m.ravel() for m in (projection, output, inner, outer)]))
-        assert scores["layers"][number].tolist() == pytest.approx([expected], rel=1e-5)
+def test_magnitude_is_the_norm_of_the_units_weights(small: Any) -> None:
+    model = small("translation")
+    scores, modules = magnitude_scores(model), parts_of(model)
+    assert scores.keys() == modules.keys()
+    for name, module in modules.items():
+        matrices = {inner: p.detach().numpy() for inner, p in module.named_parameters() if p.dim() == 2}
+        if name.endswith("attention"):
+            output = matrices.pop("output.weight")
+            for head in range(4):
+                own = np.arange(8 * head, 8 * head + 8)
+                rows = [part[own] for matrix in matrices.values() for part in np.split(matrix, len(matrix) // 32)]
+                expected = np.linalg.norm(np.stack([*rows, output[:, own].T]))
+                assert len(rows) == 3 and scores[name][head].item() == pytest.approx(expected, rel=1e-5)
+        elif name.endswith("feed_forward"):
+            inner, outer = matrices["inner.weight"], matrices["outer.weight"]
+            for unit in (0, 5, 127):
+                expected = np.sqrt((inner[unit] ** 2).sum() + (outer[:, unit] ** 2).sum())
+                assert scores[name][unit].item() == pytest.approx(expected, rel=1e-5)
+        else:
+            expected = np.linalg.norm(np.concatenate([matrix.ravel() for matrix in matrices.values()]))
+            assert len(matrices) in (4, 7) and scores[name].tolist() == pytest.approx([expected], rel=1e-5)
 
 
 # Which units go.

@@ -13,8 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from train_then_compress.compression import quant
 from train_then_compress.compression.compressed import Compressed, matrices, rebuild
@@ -23,38 +21,16 @@ from train_then_compress.compression.structured import magnitude_scores, shrink
 from train_then_compress.compression.svd import decompose, factorable, factorize, rank_of, split
 from train_then_compress.config import ConfigError, RobertaConfig, parse_recipe
 from train_then_compress.config.steps import Structured, Svd
-from train_then_compress.cost.flops import forward_flops
-from train_then_compress.data.prepare import PAD
 from train_then_compress.models.factored import Factored
-from train_then_compress.models.roberta import Classifier, MaskedLM
 
-VOCABULARY, LENGTH = 60, 12
 SHAPE = RobertaConfig(depth=2, width=32, head_size=8)
 SHAPES: list[dict[str, Any]] = [
     {"norm": "pre"}, {"norm": "post"}, {"positions": "rotary"}, {"positions": "sinusoidal", "norm": "post"},
 ]  # fmt: skip
-KINDS = ["mlm", "classification"]
+#: By kind of model, the linear layers inside its layers.
+LAYERS = {"mlm": 8, "classification": 8, "translation": 2 * 4 + 2 * 7}
 PLAIN = Svd(weighting="none")
 PLAIN_EVERYWHERE = Svd(weighting="none", embeddings=True)
-
-
-def new_model(kind: str = "mlm", seed: int = 0, **shape: Any) -> nn.Module:
-    """Far from initialization, so that every part matters."""
-    torch.manual_seed(seed)
-    config = RobertaConfig(**{"depth": 2, "width": 32, "head_size": 8, **shape})
-    model = MaskedLM(config, VOCABULARY, LENGTH) if kind == "mlm" else Classifier(config, VOCABULARY, LENGTH, 3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def logits_of(model: nn.Module) -> Tensor:
-    tokens = torch.randint(5, VOCABULARY, (3, LENGTH), generator=torch.Generator().manual_seed(3))
-    tokens[-1, 8:] = PAD
-    with torch.inference_mode():
-        logits: Tensor = model(tokens, torch.arange(tokens.numel())) if isinstance(model, MaskedLM) else model(tokens)
-    return logits
 
 
 def matrix(seed: int, outputs: int, inputs: int) -> Tensor:
@@ -167,8 +143,8 @@ def test_rank_by_energy_is_the_smallest_that_keeps_it(values: list[float], stren
     assert squares[:rank].sum() >= wanted * (1 - 1e-9) and squares[: rank - 1].sum() <= wanted * (1 + 1e-9)
 
 
-def test_by_energy_a_matrix_stays_where_factors_are_larger() -> None:
-    compressed = Compressed(new_model())
+def test_by_energy_a_matrix_stays_where_factors_are_larger(small: Any) -> None:
+    compressed = Compressed(small())
     layer = compressed.model.get_submodule("encoder.layers.1")
     with torch.no_grad():
         inner = layer.get_parameter("feed_forward.inner.weight")
@@ -183,16 +159,19 @@ def test_by_energy_a_matrix_stays_where_factors_are_larger() -> None:
 # The model.
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("config", [PLAIN, PLAIN_EVERYWHERE], ids=["layers", "and embedding"])
-def test_logits_are_those_of_the_dense_model_with_the_products(kind: str, shape: dict[str, Any], config: Svd) -> None:
+def test_logits_are_those_of_the_dense_model_with_the_products(
+    small: Any, kind: str, shape: dict[str, Any], config: Svd
+) -> None:
     """Of the tied embedding in both uses; each product is numpy's best of its rank."""
-    dense = new_model(kind, **shape).double()
+    dense = small(kind, **shape).double()
     compressed = Compressed(copy.deepcopy(dense))
     factorize(compressed, 50, config, {})
-    before, names = logits_of(dense), factorable(dense, config.embeddings)
-    assert len(names) == 8 + config.embeddings and list(names) == list(factorable(compressed.model, config.embeddings))
+    before, names = small.logits(dense), factorable(dense, config.embeddings)
+    assert len(names) == LAYERS[kind] + config.embeddings
+    assert list(names) == list(factorable(compressed.model, config.embeddings))
     with torch.no_grad():
         for (name, module), rank in zip(names.items(), compressed.structure[0]["ranks"], strict=True):
             weight = module.get_parameter("weight")
@@ -202,17 +181,17 @@ def test_logits_are_those_of_the_dense_model_with_the_products(kind: str, shape:
             weight.copy_(torch.from_numpy(left[:, :rank] @ np.diag(values[:rank]) @ right[:rank]))
             product: Any = compressed.model.get_submodule(name).weight
             assert torch.allclose(product, weight, atol=1e-12)
-    assert torch.allclose(logits_of(compressed.model), logits_of(dense), rtol=0, atol=1e-10)
-    assert (logits_of(dense) - before).abs().max() > 0.01
+    assert torch.allclose(small.logits(compressed.model), small.logits(dense), rtol=0, atol=1e-10)
+    assert (small.logits(dense) - before).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("norm", ["pre", "post"])
-def test_full_rank_gives_the_same_logits(kind: str, norm: str) -> None:
+def test_full_rank_gives_the_same_logits(small: Any, kind: str, norm: str) -> None:
     """Rebuilt at full rank, and at the rank by bytes where the matrices have no more."""
-    model = new_model(kind, norm=norm).double()
+    model = small(kind, norm=norm).double()
     whole = Compressed(copy.deepcopy(model))
-    whole.change({"method": "svd", "embeddings": True, "ranks": [32] * 9})
+    whole.change({"method": "svd", "embeddings": True, "ranks": [32] * (LAYERS[kind] + 1)})
     with torch.no_grad():
         for name, module in factorable(model, True).items():
             weight = module.get_parameter("weight")
@@ -221,7 +200,7 @@ def test_full_rank_gives_the_same_logits(kind: str, norm: str) -> None:
             first = first if isinstance(module, nn.Linear) else first.T
             whole.model.get_parameter(f"{name}.first.weight").copy_(first)
             whole.model.get_parameter(f"{name}.second.weight").copy_(second)
-    assert torch.allclose(logits_of(whole.model), logits_of(model), rtol=0, atol=1e-10)
+    assert torch.allclose(small.logits(whole.model), small.logits(model), rtol=0, atol=1e-10)
     with torch.no_grad():
         for module in factorable(model, True).values():
             weight = module.get_parameter("weight")
@@ -229,12 +208,13 @@ def test_full_rank_gives_the_same_logits(kind: str, norm: str) -> None:
     thin = Compressed(copy.deepcopy(model))
     factorize(thin, 50, PLAIN_EVERYWHERE, {})
     assert min(thin.structure[0]["ranks"]) >= 5
-    assert torch.allclose(logits_of(thin.model), logits_of(model), rtol=0, atol=1e-8)
+    assert torch.allclose(small.logits(thin.model), small.logits(model), rtol=0, atol=1e-8)
 
 
-def test_each_layer_is_weighted_by_its_own_inputs() -> None:
+@pytest.mark.parametrize("kind", ["mlm", "translation"])
+def test_each_layer_is_weighted_by_its_own_inputs(small: Any, kind: str) -> None:
     """The embedding never is, and a layer in factors by what goes into them."""
-    model = new_model().double()
+    model = small(kind).double()
     moments = {
         name: moment_of(matrix(seed, 200, weight.shape[1]) * torch.logspace(-1, 1, weight.shape[1], dtype=torch.double))
         for seed, (name, weight) in enumerate(matrices(model, False).items())
@@ -258,87 +238,84 @@ def test_each_layer_is_weighted_by_its_own_inputs() -> None:
         assert ranks[1] < ranks[0]
 
 
-def test_a_second_step_takes_more_or_nothing() -> None:
-    compressed = Compressed(new_model())
+def test_a_second_step_takes_more_or_nothing(small: Any) -> None:
+    compressed = Compressed(small())
     for strength in (40, 60, 20):
         factorize(compressed, strength, PLAIN, {})
     first, second, third = (entry["ranks"] for entry in compressed.structure)
     assert first == [9, 6, 10, 10] * 2 and second == [0] * 8 and third == [4, 3, 5, 5] * 2
-    fresh: nn.Module = new_model(seed=1)
+    fresh: nn.Module = small(seed=1)
     for entry in compressed.structure:
         fresh = rebuild(fresh, entry)
     fresh.load_state_dict(compressed.model.state_dict())
-    assert torch.equal(logits_of(fresh), logits_of(compressed.model))
+    assert torch.equal(small.logits(fresh), small.logits(compressed.model))
 
 
 # Costs.
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("config", [PLAIN, PLAIN_EVERYWHERE], ids=["layers", "and embedding"])
-def test_the_packed_file_gives_the_model_back_and_is_smaller(tmp_path: Path, kind: str, config: Svd) -> None:
-    model = new_model(kind)
+def test_the_packed_file_gives_the_model_back_and_is_smaller(
+    small: Any, tmp_path: Path, kind: str, config: Svd
+) -> None:
+    model = small(kind)
     numbers = sum(parameter.numel() for parameter in model.parameters())
     compressed = Compressed(model)
     factorize(compressed, 50, config, {})
     path = tmp_path / "packed.safetensors"
     path.write_bytes(pack(compressed, torch.float32, {}))
-    back = unpack(path, new_model(kind, seed=1))
-    assert back.structure == compressed.structure and torch.equal(logits_of(back.model), logits_of(compressed.model))
+    back = unpack(path, small(kind, seed=1))
+    assert back.structure == compressed.structure
+    assert torch.equal(small.logits(back.model), small.logits(compressed.model))
     path.write_bytes(pack(compressed, torch.bfloat16, {}))
-    saved = 2 * (12 * 32**2 - 12 * 128 - 8 * 64 - 2 * 12 * 160)
-    saved += (VOCABULARY * 32 - 10 * (VOCABULARY + 32)) if config.embeddings else 0
+    layers = 4 if kind == "translation" else 2
+    saved = layers * (12 * 32**2 - 12 * 128 - 8 * 64 - 2 * 12 * 160)
+    saved += 2 * (4 * 32**2 - 2 * 8 * 64 - 10 * 96) if kind == "translation" else 0  # attention to the source
+    saved += (60 * 32 - 10 * (60 + 32)) if config.embeddings else 0
     assert sum(tensor.nbytes for tensor in load(path.read_bytes()).values()) == 2 * (numbers - saved)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("embeddings", [False, True])
 @pytest.mark.parametrize("before", [None, "structured"])
-def test_flops_are_those_of_the_products_that_are_made(kind: str, embeddings: bool, before: str | None) -> None:
-    compressed = Compressed(new_model(kind))
-    dense = forward_flops(compressed.model)
+def test_flops_are_those_of_the_products_that_are_made(
+    small: Any, kind: str, embeddings: bool, before: str | None
+) -> None:
+    compressed = Compressed(small(kind))
+    dense, _ = small.flops(compressed.model)
     if before:
         shrink(compressed, 0.3, Structured(scope="global"), magnitude_scores(compressed.model))
     factorize(compressed, 40, Svd(weighting="none", embeddings=embeddings), {})
-    counted = forward_flops(compressed.model)
-    tokens = torch.randint(5, VOCABULARY, (2, LENGTH))
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
-        if kind == "mlm":
-            compressed.model(tokens, torch.arange(5), False)
-        else:
-            compressed.model(tokens, False)
-    predictions = 5 if kind == "mlm" else 2
-    total = counted.per_token(LENGTH) * tokens.numel() + counted.per_prediction * predictions
-    assert total == counter.get_total_flops()
-    assert counted.per_token(LENGTH) < 0.6 * dense.per_token(LENGTH)
-    assert counted.per_prediction <= dense.per_prediction
+    counted, made = small.flops(compressed.model)
+    assert counted == made < 0.7 * dense
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("embeddings", [False, True])
 @pytest.mark.parametrize("recipe", ["svd50+quant8", "structured30+svd90+quant4"])
-def test_the_factors_can_be_quantized(tmp_path: Path, kind: str, embeddings: bool, recipe: str) -> None:
+def test_the_factors_can_be_quantized(small: Any, tmp_path: Path, kind: str, embeddings: bool, recipe: str) -> None:
     steps = {"svd": {"embeddings": embeddings}, "quant": {"embeddings": embeddings, "group_size": 16}}
     *_, step = parse_recipe(recipe, steps, SHAPE)
-    compressed = Compressed(new_model(kind))
+    compressed = Compressed(small(kind))
     if "structured" in recipe:
         shrink(compressed, 0.3, Structured(), magnitude_scores(compressed.model))
     factorize(compressed, 50 if "svd50" in recipe else 90, Svd(weighting="none", embeddings=embeddings), {})
-    exact = logits_of(compressed.model)
+    exact = small.logits(compressed.model)
     quant.apply(compressed, step, None)  # type: ignore[arg-type]  # needs no bench
     names = factorable(compressed.model, embeddings)
     factors = {f"{name}.{which}.weight" for name in names for which in ("first", "second")}
-    heads = {"head.weight"} if kind == "mlm" else {"head.weight", "projection.weight"}
+    heads = {"mlm": {"head.weight"}, "classification": {"head.weight", "projection.weight"}}.get(kind, set())
     assert set(compressed.codes) == factors | heads
     path = tmp_path / "packed.safetensors"
     path.write_bytes(pack(compressed, torch.float32, {}))
-    logits = logits_of(unpack(path, new_model(kind, seed=1)).model)
-    assert torch.equal(logits, logits_of(compressed.model))
+    logits = small.logits(unpack(path, small(kind, seed=1)).model)
+    assert torch.equal(logits, small.logits(compressed.model))
     assert (logits - exact).abs().max() > 0 and ("quant4" in recipe or torch.allclose(logits, exact, atol=0.2))
 
 
-def test_matrices_without_embeddings_leave_both_factors_out() -> None:
-    compressed = Compressed(new_model())
+def test_matrices_without_embeddings_leave_both_factors_out(small: Any) -> None:
+    compressed = Compressed(small())
     factorize(compressed, 50, PLAIN_EVERYWHERE, {})
     both, none = matrices(compressed.model, True), matrices(compressed.model, False)
     assert set(both) - set(none) == {"encoder.embedding.first.weight", "encoder.embedding.second.weight"}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,19 +25,20 @@ def sentences(count: int, changed: float, seed: int) -> tuple[list[str], list[st
     return [" ".join(line).capitalize() for line in hypotheses], [" ".join(line).capitalize() for line in references]
 
 
-def command_line(folder: Path, references: list[str], systems: list[list[str]], *options: str) -> Any:
+def command_line(folder: Path, references: list[str], systems: list[list[str]], *options: str) -> str:
+    """What sacreBLEU's command prints."""
     names = ["references", *(f"system{number}" for number in range(len(systems)))]
     for name, lines in zip(names, [references, *systems], strict=True):
         (folder / name).write_text("".join(f"{line}\n" for line in lines))
-    command = [sys.executable, "-m", "sacrebleu", names[0], "-i", *names[1:], "-m", "bleu", "chrf", "-f", "json", "-w",
-               "6", *options]  # fmt: skip
-    return json.loads(subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout)
+    command = [sys.executable, "-m", "sacrebleu", names[0], "-i", *names[1:], "-m", "bleu", "chrf", "-w", "6",
+               *options]  # fmt: skip
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
 def test_scores_interval_and_signatures_are_those_of_sacrebleus_command(tmp_path: Path) -> None:
     hypotheses, references = sentences(60, 0.2, 1)
     found = score(hypotheses, references, interval=True)
-    bleu, chrf = command_line(tmp_path, references, [hypotheses], "--confidence")
+    bleu, chrf = json.loads(command_line(tmp_path, references, [hypotheses], "--confidence", "-f", "json"))
     assert found["bleu"] == pytest.approx(bleu["score"], abs=1e-5)
     assert found["chrf"] == pytest.approx(chrf["score"], abs=1e-5)
     middle, half = bleu["confidence_mean"], bleu["confidence_var"]
@@ -59,12 +60,13 @@ def test_the_paired_bootstrap_is_that_of_sacrebleus_command(tmp_path: Path) -> N
     first, references = sentences(60, 0.25, 1)
     second, _ = sentences(60, 0.2, 2)
     found = paired(first, second, references)
-    expected = command_line(tmp_path, references, [first, second], "--paired-bs")
-    for name, metric in (("bleu", "BLEU"), ("chrf", "chrF2")):
-        one, other = (system[metric] for system in expected)
-        assert [found[name][key] for key in ("first", "first_interval", "second", "second_interval", "p")] == (
-            pytest.approx([one["score"], one["ci"], other["score"], other["ci"], other["p_value"]], abs=1e-4)
-        )
+    table = command_line(tmp_path, references, [first, second], "--paired-bs", "-f", "text")
+    scores = [(float(score), float(half)) for score, half in re.findall(r"(\d+\.\d+) \(\d+\.\d+ ± (\d+\.\d+)\)", table)]
+    p = [float(value) for value in re.findall(r"\(p = (\d\.\d+)\)", table)]
+    for number, name in enumerate(("bleu", "chrf")):
+        said = [found[name][key] for key in ("first", "first_interval", "second", "second_interval")]
+        assert said == pytest.approx([*scores[number], *scores[number + 2]], abs=1e-4)
+        assert found[name]["p"] == pytest.approx(p[number], abs=1e-4)
 
 
 def test_a_clear_difference_is_told_from_none() -> None:

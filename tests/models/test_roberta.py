@@ -217,3 +217,32 @@ def test_parameters_are_twelve_width_squared_a_layer_and_the_embeddings() -> Non
     assert isinstance(model.encoder, Encoder)
     names = {name for name, parameter in model.named_parameters() if VOCABULARY in parameter.shape}
     assert names == {"encoder.embedding.weight", "bias"}  # the output embedding is the input's
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_training_computes_the_last_layer_at_predicted_positions_only(norm: str, positions: str) -> None:
+    """The same logits and gradients as from all positions, those that fill up a batch included."""
+    model = copy.deepcopy(model_of(small(norm=norm, positions=positions)))
+    tokens, where = batch_of([LENGTH, 17, 9]), torch.tensor([1, 5, 23, 25, 40, 50, 52, 0, 0])
+    shapes: list[torch.Size] = []
+    found: dict[bool, list[Tensor]] = {}
+    hook = model.encoder.layers[-1].feed_forward.register_forward_hook(lambda m, given, out: shapes.append(out.shape))
+    for is_training in (True, False):
+        model.train(is_training).zero_grad()
+        logits = model(tokens, where)
+        logits[:7].square().sum().backward()
+        found[is_training] = [logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+    assert shapes == [(9, 48), (3, LENGTH, 48)]
+    assert len(found[True]) == len(found[False]) == 1 + len(list(model.parameters()))
+    for trained, evaluated in zip(*found.values(), strict=True):
+        assert (trained - evaluated).norm() < 1e-5 * (1 + evaluated.norm())
+    hook.remove()
+
+
+def test_who_watches_the_last_layer_sees_all_positions() -> None:
+    model = copy.deepcopy(model_of(small())).train()
+    seen: list[torch.Size] = []
+    model.encoder.layers[-1].register_forward_hook(lambda module, given, out: seen.append(out.shape))
+    model(batch_of([LENGTH, 9]), torch.tensor([1, 2]))
+    assert seen == [(2, LENGTH, 48)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from train_then_compress.config import RobertaConfig, Teaching
+from train_then_compress.config import RobertaConfig, Teaching, TransformerConfig
 from train_then_compress.data.prepare import PAD
-from train_then_compress.models.roberta import Encoder, MaskedLM
+from train_then_compress.models.roberta import MaskedLM
+from train_then_compress.models.transformer import Translator
 from train_then_compress.training.hints import (
     HINTS,
     STUDENT,
@@ -23,48 +25,85 @@ from train_then_compress.training.hints import (
     Hints,
     layer_pairs,
     mean_over_tokens,
-    outputs_of,
     relation_heads,
+    states_of,
 )
 
+#: Of the sequences; of a translation, its sources. Its targets are as long the other way round.
 LENGTHS = [7, 4]
+KINDS = ["mlm", "translation"]
 
 
-def model_of(depth: int, width: int, seed: int, **changes: Any) -> MaskedLM:
+def model_of(depth: int, width: int, seed: int, kind: str = "mlm", **changes: Any) -> Any:
+    """A translator's decoder has a layer more than its encoder."""
     torch.manual_seed(seed)
-    model = MaskedLM(RobertaConfig(depth=depth, width=width, head_size=16, **changes), 60, 12).eval()
+    shape: dict[str, Any] = {"depth": depth, "width": width, "head_size": 16, "dropout": 0.0} | changes
+    model: MaskedLM | Translator
+    if kind == "mlm":
+        model = MaskedLM(RobertaConfig(**shape), 60, 12)
+    else:
+        model = Translator(TransformerConfig(decoder_depth=depth + 1, **shape), 60, 12)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return model.eval()
 
 
-def batch() -> Tensor:
-    tokens = torch.randint(5, 60, (len(LENGTHS), max(LENGTHS)), generator=torch.Generator().manual_seed(0))
-    for row, length in zip(tokens, LENGTHS, strict=True):
+def tokens_of(lengths: list[int]) -> Tensor:
+    tokens = torch.randint(5, 60, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(0))
+    for row, length in zip(tokens, lengths, strict=True):
         row[length:] = PAD
     return tokens
 
 
-def losses(hints: Hints, student: MaskedLM, teacher: MaskedLM, projections: nn.ParameterDict) -> Tensor:
-    tokens = batch()
-    with outputs_of(hints.watched(student, STUDENT)) as mine:
-        student.encoder(tokens)
-    with outputs_of(hints.watched(teacher, TEACHER)) as its, torch.no_grad():
-        teacher.encoder(tokens)
-    return hints.losses(mine, its, tokens != PAD, projections)
+PART = SimpleNamespace(tokens=tokens_of(LENGTHS), target=tokens_of(LENGTHS[::-1]))
 
 
-def states(encoder: Encoder) -> list[np.ndarray]:
-    """The embedding output and what each layer gives, computed step by step."""
-    tokens = batch()
+def run(model: Any) -> None:
+    model(*((PART.tokens, PART.target) if isinstance(model, Translator) else (PART.tokens,)), torch.arange(3))
+
+
+def lengths_of(stack: str) -> list[int]:
+    return LENGTHS if stack == "encoder" else LENGTHS[::-1]
+
+
+def losses(hints: Hints, student: nn.Module, teacher: nn.Module, projections: nn.ParameterDict) -> Tensor:
+    with states_of(hints.watched(student, STUDENT)) as mine:
+        run(student)
+    with states_of(hints.watched(teacher, TEACHER)) as its, torch.no_grad():
+        run(teacher)
+    return hints.losses(mine, its, PART, projections)
+
+
+def states(model: Any) -> dict[str, list[np.ndarray]]:
+    """By stack, the embedding output and what each layer gives, computed step by step."""
+    found: dict[str, list[np.ndarray]] = {}
     with torch.no_grad():
-        x, bias, rotation = encoder.embed(tokens)
-        found = [x]
-        for layer in encoder.layers:
-            x = layer(x, bias, rotation)
-            found.append(x)
-    return [state.double().numpy() for state in found]
+        if isinstance(model, MaskedLM):
+            stacks: Any = [("encoder", model.encoder, model.encoder.embed(PART.tokens))]
+        else:
+            tables = (model.source_positions, model.target_positions)
+            x, y = (
+                model.embedding.weight[tokens] * model.config.width**0.5 + table[: tokens.shape[1]]
+                for tokens, table in zip((PART.tokens, PART.target), tables, strict=True)
+            )
+            encoded, bias = model.encode(PART.tokens)
+            length = PART.target.shape[1]
+            future = torch.full((length, length), -torch.inf).triu(1)
+            stacks = [("encoder", model.encoder, (x, bias, None)), ("decoder", model.decoder, (y, future, None))]
+        for name, stack, (x, bias, rotation) in stacks:
+            found[name] = [x.double().numpy()]
+            for layer in stack.layers:
+                cross = ()
+                if name == "decoder":
+                    cross = ((*layer.cross_attention.remember(encoded), hidden_from(PART.tokens)),)
+                x = layer(x, bias, rotation, *cross)
+                found[name].append(x.double().numpy())
+    return found
+
+
+def hidden_from(tokens: Tensor) -> Tensor:
+    return torch.where(tokens == PAD, -torch.inf, 0.0)[:, None, None, :]
 
 
 @given(st.integers(1, 48), st.integers(1, 48))
@@ -95,26 +134,28 @@ def test_no_hints_are_zero() -> None:
     assert losses(hints, student, teacher, nn.ParameterDict()).tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layer_map", ["uniform", "last"])
 @pytest.mark.parametrize("shapes", [((2, 32), (4, 48)), ((2, 32), (2, 32)), ((3, 48), (2, 32))], ids=str)
 @pytest.mark.parametrize("norm", ["pre", "post"])
-def test_hidden_hints_are_squared_errors_at_each_token(shapes: Any, layer_map: str, norm: str) -> None:
-    student, teacher = model_of(*shapes[0], 0, norm=norm), model_of(*shapes[1], 1, norm=norm)
+def test_hidden_hints_are_squared_errors_at_each_token(shapes: Any, layer_map: str, norm: str, kind: str) -> None:
+    student, teacher = (model_of(*shapes[seed], seed, kind, norm=norm) for seed in (0, 1))
     hints = HINTS["hidden"](student, teacher, Teaching(hints="hidden", layer_map=layer_map))  # type: ignore[arg-type]
     projections = nn.ParameterDict(hints.projections(0))
     assert set(projections) == (set() if shapes[0][1] == shapes[1][1] else {"embedding", "hidden"})
-    mine, its = states(student.encoder), states(teacher.encoder)
+    mine, its = states(student), states(teacher)
     carried = {name: np.eye(shapes[0][1]) for name in ("embedding", "hidden")}
     carried |= {name: matrix.detach().double().numpy() for name, matrix in projections.items()}
-    pairs = layer_pairs(shapes[0][0], shapes[1][0], layer_map)
-    compared = [(0, 0, carried["embedding"]), *((s + 1, t + 1, carried["hidden"]) for s, t in pairs)]
-    expected = []
-    for row, length in enumerate(LENGTHS):
-        errors = [np.mean((matrix @ mine[s][row, place] - its[t][row, place]) ** 2)
-                  for s, t, matrix in compared for place in range(length)]  # fmt: skip
-        expected.append(sum(errors) / length)
+    expected = np.zeros(len(LENGTHS))
+    for stack in mine:
+        pairs = layer_pairs(len(mine[stack]) - 1, len(its[stack]) - 1, layer_map)
+        compared = [(0, 0, carried["embedding"]), *((s + 1, t + 1, carried["hidden"]) for s, t in pairs)]
+        for row, length in enumerate(lengths_of(stack)):
+            errors = [np.mean((matrix @ mine[stack][s][row, place] - its[stack][t][row, place]) ** 2)
+                      for s, t, matrix in compared for place in range(length)]  # fmt: skip
+            expected[row] += sum(errors) / length
     found = losses(hints, student, teacher, projections)
-    assert found.tolist() == pytest.approx(expected, rel=1e-5)
+    assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-5)
     if projections:
         found.sum().backward()
         assert all(matrix.grad is not None and matrix.grad.abs().max() > 0 for matrix in projections.values())
@@ -127,35 +168,39 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("layer_map", ["uniform", "last"])
 @pytest.mark.parametrize("shapes", [((2, 32), (4, 48)), ((1, 32), (1, 32))], ids=str)
-@pytest.mark.parametrize("positions", ["learned", "rotary"])
-def test_relation_hints_are_divergences_of_each_tokens_relations(shapes: Any, layer_map: str, positions: str) -> None:
-    student, teacher = model_of(*shapes[0], 0, positions=positions), model_of(*shapes[1], 1, positions=positions)
+@pytest.mark.parametrize("kind, positions", [("mlm", "learned"), ("mlm", "rotary"), ("translation", "learned")])
+def test_relation_hints_are_divergences_of_each_tokens_relations(
+    shapes: Any, layer_map: str, kind: str, positions: str
+) -> None:
+    """In a decoder, of its relations to the tokens up to itself."""
+    student, teacher = (model_of(*shapes[seed], seed, kind, positions=positions) for seed in (0, 1))
     teaching = Teaching(hints="relations", layer_map=layer_map)  # type: ignore[arg-type]
     hints = HINTS["relations"](student, teacher, teaching)
     assert hints.projections(0) == {}
     heads = {(32, 48): 2, (32, 32): 2}[shapes[0][1], shapes[1][1]]
 
-    def vectors(model: MaskedLM, layer: int) -> np.ndarray:
+    def vectors(model: Any, stack: str, layer: int) -> np.ndarray:
         """[kinds, sequences, length, heads, units]"""
-        block = model.encoder.layers[layer]
-        before = torch.from_numpy(states(model.encoder)[layer]).float()
+        block = getattr(model, stack).layers[layer]
+        before = torch.from_numpy(states(model)[stack][layer]).float()
         with torch.no_grad():
             projected = block.attention.query_key_value(block.attention_norm(before)).double().numpy()
         parts = np.split(projected, 3, axis=-1)
         return np.stack([part.reshape(*part.shape[:2], heads, -1) for part in parts])
 
     expected = np.zeros(len(LENGTHS))
-    for mine, its in layer_pairs(shapes[0][0], shapes[1][0], layer_map):
-        ours, theirs = vectors(student, mine), vectors(teacher, its)
-        for kind in range(3):
-            for row, length in enumerate(LENGTHS):
-                for head in range(heads):
-                    for place in range(length):
-                        q, p = (
-                            softmax(v[kind, row, :length, head] @ v[kind, row, place, head] / math.sqrt(v.shape[-1]))
-                            for v in (ours, theirs)
-                        )
-                        expected[row] += float((p * np.log(p / q)).sum()) / heads / length
+    compared = {stack: layer_pairs(len(found) - 1, len(states(teacher)[stack]) - 1, layer_map)
+                for stack, found in states(student).items()}  # fmt: skip
+    for stack, mine, its in [(stack, *pair) for stack, pairs in compared.items() for pair in pairs]:
+        ours, theirs = vectors(student, stack, mine), vectors(teacher, stack, its)
+        for row, length in enumerate(lengths_of(stack)):
+            for which, head, place in np.ndindex(3, heads, length):
+                end = place + 1 if stack == "decoder" else length
+                q, p = (
+                    softmax(v[which, row, :end, head] @ v[which, row, place, head] / math.sqrt(v.shape[-1]))
+                    for v in (ours, theirs)
+                )
+                expected[row] += float((p * np.log(p / q)).sum()) / heads / length
     found = losses(hints, student, teacher, nn.ParameterDict())
     assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-4) and expected.min() > 1e-4
     found.sum().backward()
@@ -172,29 +217,30 @@ def test_relations_follow_a_student_whose_heads_were_pruned() -> None:
     assert (losses(hints, student, teacher, nn.ParameterDict()) > 0).all()
 
 
-@pytest.mark.parametrize("kind", ["hidden", "relations"])
-def test_a_model_agrees_with_itself(kind: str) -> None:
-    model = model_of(2, 32, 0)
-    hints = HINTS[kind](model, model, Teaching(hints=kind))  # type: ignore[arg-type]
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("hint", ["hidden", "relations"])
+def test_a_model_agrees_with_itself(hint: str, kind: str) -> None:
+    model = model_of(2, 32, 0, kind)
+    hints = HINTS[hint](model, model, Teaching(hints=hint))  # type: ignore[arg-type]
     assert losses(hints, model, model, nn.ParameterDict()).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("kind", ["none", "hidden", "relations"])
-def test_flops_are_those_of_torchs_counter(kind: str) -> None:
-    student, teacher = model_of(2, 32, 0), model_of(4, 48, 1)
-    hints = HINTS[kind](student, teacher, Teaching(hints=kind))  # type: ignore[arg-type]
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("hint", ["none", "hidden", "relations"])
+def test_flops_are_those_of_torchs_counter(hint: str, kind: str) -> None:
+    student, teacher = model_of(2, 32, 0, kind), model_of(4, 48, 1, kind)
+    hints = HINTS[hint](student, teacher, Teaching(hints=hint))  # type: ignore[arg-type]
     projections = nn.ParameterDict(hints.projections(0))
-    tokens = batch()
-    with outputs_of(hints.watched(student, STUDENT)) as mine:
-        student.encoder(tokens)
-    with outputs_of(hints.watched(teacher, TEACHER)) as its, torch.no_grad():
-        teacher.encoder(tokens)
-    mine = {name: state.detach().requires_grad_() for name, state in mine.items()}
+    with states_of(hints.watched(student, STUDENT)) as mine:
+        run(student)
+    with states_of(hints.watched(teacher, TEACHER)) as its, torch.no_grad():
+        run(teacher)
+    apart = {name: tuple(state.detach().requires_grad_() for state in both) for name, both in mine.items()}
     with FlopCounterMode(display=False) as counter:
-        total = hints.losses(mine, its, tokens != PAD, projections).sum()
+        total = hints.losses(apart, its, PART, projections).sum()  # type: ignore[arg-type]
         if total.requires_grad:
             total.backward()
-    assert hints.flops(tokens.shape[1]) * tokens.numel() == counter.get_total_flops()
+    assert hints.flops(PART) == counter.get_total_flops()
 
 
 def test_the_mean_leaves_padding_out() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from train_then_compress.compression.bench import Bench
 from train_then_compress.compression.compressed import Compressed
+from train_then_compress.config.parts import SIDES
 from train_then_compress.config.recipes import Step
 from train_then_compress.config.steps import Structured
 from train_then_compress.models.factored import Factored
@@ -27,7 +28,6 @@ from train_then_compress.training.task import Task
 #: By name float64 [its units]: the heads of an attention, the inner units of a feed-forward network, a layer as one.
 Scores = dict[str, Tensor]
 Attention = SelfAttention | CrossAttention
-_SIDES = ("encoder", "decoder")
 
 
 def apply(compressed: Compressed, step: Step, bench: Bench) -> None:
@@ -49,7 +49,7 @@ def shrink(compressed: Compressed, share: float, config: Structured, scores: Sco
     kept = list(layers)
     if "layers" in config.units:
         kept = []
-        for side, depth in zip(_SIDES, original.depths, strict=False):
+        for side, depth in zip(SIDES, original.depths, strict=False):
             there = [name for name in layers if name.startswith(side)]
             stay = _largest(torch.cat([scores[name] for name in there]), depth - round(share * depth))
             kept += [there[number] for number in stay.tolist()]
@@ -72,7 +72,7 @@ def rebuild(model: nn.Module, entry: dict[str, Any]) -> nn.Module:
     for unit, kind in (("heads", Attention), ("ffn", FeedForward)):
         for module, count in zip(_inside(kept, kind).values(), entry[unit], strict=True):
             keep(module, torch.arange(count))
-    for side in _SIDES:
+    for side in SIDES:
         if hasattr(model, side):
             there = [layer for name, layer in kept.items() if name.startswith(side)]
             model.get_submodule(side).layers = nn.ModuleList(there)

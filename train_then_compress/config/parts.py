@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+#: What holds layers; only a translator has both.
+SIDES = ("encoder", "decoder")
+
 
 def in_embedding(name: str) -> bool:
     """Whether it belongs to the token embedding, of full rank or factored."""

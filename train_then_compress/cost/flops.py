@@ -2,7 +2,8 @@
 
 Counted: linear layers, attention scores and mixing (all pairs of positions, padding included; in the decoder also those
 of later positions, which are computed and then masked), and what predicts. Left out: embedding look-up, normalization,
-activations, softmax, biases.
+activations, softmax, biases. Every layer counts at every position, though the masked LM spares itself most of the last
+one in training (`Encoder.at`): so counts compare with others', and speeds in FLOP/s are nominal.
 """
 
 from __future__ import annotations

@@ -17,6 +17,9 @@ from train_then_compress.records import Busy
 
 log = logging.getLogger(__name__)
 
+#: Of the matrices that `calibrate` multiplies.
+_SIZE = 1024
+
 
 def cpu_facts() -> tuple[str, frozenset[str]]:
     """The processor's name and feature flags, as Linux reports them (elsewhere: its name and no flags)."""
@@ -56,12 +59,18 @@ def identity() -> dict[str, Any]:
 
 
 def calibrate(device: str = "cpu", seconds: float = 0.5) -> dict[str, float]:
-    """Speed of a 1024^3 matrix multiplication in FLOP/s (2 n^3 each), by dtype: a noisy machine shows here."""
+    """Speed of a 1024^3 matrix multiplication in FLOP/s (2 n^3 each), by dtype: a noisy machine shows here.
+
+    bf16 only where the hardware multiplies it: elsewhere a single one takes seconds.
+    """
     import torch
 
+    dtypes = {"fp32": torch.float32}
+    if device == "cuda" or cpu_has_bf16():
+        dtypes["bf16"] = torch.bfloat16
     speeds = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        a = torch.randn(1024, 1024, device=device).to(dtype)
+    for name, dtype in dtypes.items():
+        a = torch.randn(_SIZE, _SIZE, device=device).to(dtype)
         a @ a
         count, start = 0, time.perf_counter()
         while (elapsed := time.perf_counter() - start) < seconds / 2 or count == 0:
@@ -69,7 +78,7 @@ def calibrate(device: str = "cpu", seconds: float = 0.5) -> dict[str, float]:
             if device == "cuda":
                 torch.cuda.synchronize()
             count += 1
-        speeds[name] = count * 2 * 1024**3 / elapsed
+        speeds[name] = count * 2 * _SIZE**3 / elapsed
     return speeds
 
 

@@ -31,6 +31,8 @@ def paired(first: list[str], second: list[str], references: list[str]) -> dict[s
     """Are two systems different? Paired bootstrap (Koehn 2004) on the same sentences, for ``bleu`` and ``chrf``: each
     ``first`` and ``second`` (scores), ``first_interval`` and ``second_interval`` (half of the 95 % interval's width),
     ``p`` (of so large a difference, were there none) and ``signature``.
+
+    sacreBLEU calls the difference of a system from itself significant (its p counts strictly larger ones); here p is 1.
     """
     _check(first, references)
     _check(second, references)
@@ -43,7 +45,7 @@ def paired(first: list[str], second: list[str], references: list[str]) -> dict[s
         assert not isinstance(one, str) and not isinstance(other, str)
         found[name] = {
             "first": one.score, "first_interval": one.ci, "second": other.score, "second_interval": other.ci,
-            "p": other.p_value, "signature": str(signature),
+            "p": 1.0 if first == second else other.p_value, "signature": str(signature),
         }  # fmt: skip
     return found
 

@@ -14,6 +14,8 @@ from train_then_compress.models.transformer import Translator
 
 #: Never produced. `</s>` ends a translation and, as in fairseq, begins it.
 _FORBIDDEN = [BOS, PAD, MASK]
+#: Scores that are looked at together in the search for the largest.
+_CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -59,16 +61,31 @@ def precise(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def forbid(logits: Tensor, first: bool) -> None:
+def forbid(gains: Tensor, first: bool) -> None:
     """Rule out, in place, what is never said at a position, [..., vocabulary]; a translation is never empty."""
-    logits[..., [*_FORBIDDEN, EOS] if first else _FORBIDDEN] = -torch.inf
+    gains[..., [*_FORBIDDEN, EOS] if first else _FORBIDDEN] = -torch.inf
 
 
-def force_end(logits: Tensor, where: Tensor) -> None:
+def force_end(gains: Tensor, where: Tensor) -> None:
     """Leave, in place, ``</s>`` alone ``where``, a mask of the dimensions before the vocabulary, is true."""
-    ends = logits[..., EOS].clone()
-    logits.masked_fill_(where[..., None], -torch.inf)
-    logits[..., EOS] = ends
+    ends = gains[..., EOS].clone()
+    gains.masked_fill_(where[..., None], -torch.inf)
+    gains[..., EOS] = ends
+
+
+def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest of [.., size], in falling order, and their places, each [.., count]: a faster `topk` for few.
+
+    They are in the ``count`` chunks with the largest maxima.
+    """
+    chunks = values.shape[-1] // _CHUNK
+    if values.shape[-1] % _CHUNK or chunks <= count:
+        return values.topk(count, dim=-1)
+    chunked = values.unflatten(-1, (chunks, _CHUNK))
+    _, chosen = chunked.amax(dim=-1).topk(count, dim=-1)
+    candidates = chunked.gather(-2, chosen[..., None].expand(*chosen.shape, _CHUNK)).flatten(-2)
+    found, places = candidates.topk(count, dim=-1)
+    return found, chosen.gather(-1, places // _CHUNK) * _CHUNK + places % _CHUNK
 
 
 class _Beams:
@@ -116,14 +133,13 @@ class _Beams:
     def _candidates(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """The best 2 x beam continuations of each sentence: total log-probability, hypothesis, token; each
         [sentences, 2 x beam], best first."""
-        logits = precise(self.model.step(self.tokens[:, :, -1], self.memory, self.cache))
-        norm = logits.logsumexp(dim=2, keepdim=True)
-        forbid(logits, first=length == 1)
+        gains = precise(self.model.step(self.tokens[:, :, -1], self.memory, self.cache)).log_softmax(dim=2)
+        forbid(gains, first=length == 1)
         if bool((must_end := length > self.room).any()):
-            force_end(logits, must_end[:, None])
+            force_end(gains, must_end[:, None])
         # The best 2 x beam of a sentence are among the best 2 x beam of each of its hypotheses.
-        best, words = logits.topk(min(2 * self.beam, logits.shape[2] - len(_FORBIDDEN)), dim=2)
-        totals = self.totals[:, :, None] + (best - norm)
+        best, words = largest(gains, min(2 * self.beam, gains.shape[2] - len(_FORBIDDEN)))
+        totals = self.totals[:, :, None] + best
         _, hypotheses, width = words.shape
         scores, places = totals.flatten(1).topk(min(2 * self.beam, hypotheses * width), dim=1)
         return scores, places // width, words.flatten(1).gather(1, places)

@@ -35,10 +35,10 @@ class Sampling:
         size = probabilities.shape[1]
         likeliest, words = probabilities.topk(min(self.top_k or size, size), dim=1)
         before = likeliest.cumsum(dim=1) - likeliest
-        return likeliest.masked_fill(before >= self.top_p, 0), words
+        return likeliest.masked_fill((before >= self.top_p) & (before > 0), 0), words
 
     def draw(self, probabilities: Tensor, generator: torch.Generator) -> Tensor:
-        """A token for each row of ``probabilities`` [rows, vocabulary], which need not sum to one: int64 [rows]."""
+        """A token for each row of ``probabilities`` [rows, vocabulary]: int64 [rows]."""
         if not self.top_k and self.top_p >= 1:
             return probabilities.multinomial(1, generator=generator).squeeze(1)
         kept, words = self.candidates(probabilities)
@@ -50,8 +50,8 @@ def sample(
 ) -> list[list[Hypothesis]]:
     """``beam`` translations drawn for each source, int64 [sentences, length] padded at the end; the best first.
 
-    Scores are made of log-probabilities at the temperature, before anything is cut off (as fairseq's are). The draws
-    of a sentence depend on the batch that it is in. A finished translation leaves the batch.
+    Scores are made of log-probabilities at the temperature, before anything is ruled out or cut off (as fairseq's are).
+    The draws of a sentence depend on the batch that it is in. A finished translation leaves the batch.
     """
     found: list[list[Hypothesis]] = [[] for _ in source]
     with inference(model):
@@ -62,12 +62,12 @@ def sample(
         totals = precise(memory.bias.new_zeros(len(numbers)))
         while len(numbers):
             length = tokens.shape[1]  # of a translation that ends now, </s> included
-            logits = precise(model.step(tokens[:, -1:], memory, cache)[:, 0]) / sampling.temperature
-            norm = logits.logsumexp(dim=1, keepdim=True)
-            forbid(logits, first=length == 1)
-            force_end(logits, length > room)
-            words = sampling.draw((logits - norm).exp(), generator)
-            totals = totals + (logits.gather(1, words[:, None]) - norm).squeeze(1)
+            logits = precise(model.step(tokens[:, -1:], memory, cache)[:, 0])
+            gains = (logits / sampling.temperature).log_softmax(dim=1)
+            forbid(gains, first=length == 1)
+            force_end(gains, length > room)
+            words = sampling.draw(gains.softmax(dim=1), generator)
+            totals = totals + gains.gather(1, words[:, None]).squeeze(1)
             for row in (words == EOS).nonzero().squeeze(1).tolist():
                 score = float(totals[row]) / length**decoding.length_penalty
                 found[int(numbers[row])].append(Hypothesis(tokens[row, 1:].tolist(), score))

@@ -100,14 +100,13 @@ class _Sentences:
         places = _places(self.lengths - 1, drafted.shape[1] + 1)
         self.cache.lengths = self.lengths - 1
         words = torch.cat([self.tokens.gather(1, places[:, :1]), drafted], dim=1)
-        logits = precise(self.settings.model.step(words, self.memory, self.cache))
-        norm = logits.logsumexp(dim=2)
-        forbid(logits, first=False)
+        gains = precise(self.settings.model.step(words, self.memory, self.cache)).log_softmax(dim=2)
+        forbid(gains, first=False)
         if self._at_start:
-            forbid(logits[:, :1], first=True)
-        force_end(logits, places >= self.room[:, None])
-        best, words = logits.max(dim=2)
-        return words, best - norm
+            forbid(gains[:, :1], first=True)
+        force_end(gains, places >= self.room[:, None])
+        best, words = gains.max(dim=2)
+        return words, best
 
     @property
     def _at_start(self) -> bool:

@@ -28,7 +28,8 @@ class Cache:
     """Keys and values of the target positions decoded so far, for ``rows`` hypotheses of the same length.
 
     Stored [position, 2, row, head, head_size] for each layer, which may have any number of heads: a step writes one
-    position, and another order of the rows is a copy of what is used. Room doubles when it runs out.
+    position, and another order of the rows is a copy of what is used, to the place of the copy before it (new memory is
+    slow at first). Room doubles when it runs out.
     """
 
     #: What goes onto the scores, broadcast to [rows, heads, queries, positions], if anything.
@@ -37,6 +38,7 @@ class Cache:
     def __init__(self, rows: int, heads: list[int], head_size: int, like: Tensor):
         self.rows, self.length = rows, 0
         self._stored = [like.new_empty(16, 2, rows, count, head_size) for count in heads]
+        self._spare: list[Tensor] = []
 
     def begin(self, tokens: Tensor) -> Tensor:
         """Make room for ``tokens``, int64 [sentences, hypotheses], one of each row: their position, int64 [1, 1]."""
@@ -54,14 +56,20 @@ class Cache:
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, int64 [n], in this order; a row may be taken more than once."""
+        if not self._spare or len(rows) != self._spare[0].shape[2]:
+            self._spare = [old.new_empty(*old.shape[:2], len(rows), *old.shape[3:]) for old in self._stored]
+        for old, new in zip(self._stored, self._spare, strict=True):
+            torch.index_select(old[: self.length], 2, rows, out=new[: self.length])
+        self._stored, self._spare = self._spare, self._stored
         self.rows = len(rows)
-        for layer, old in enumerate(self._stored):
-            self._stored[layer] = old.new_empty(*old.shape[:2], self.rows, *old.shape[3:])
-            torch.index_select(old[: self.length], 2, rows, out=self._stored[layer][: self.length])
 
     def _grow(self) -> None:
-        while self.length > len(self._stored[0]):
-            self._stored = [torch.cat([stored, torch.empty_like(stored)]) for stored in self._stored]
+        room = len(self._stored[0])
+        if self.length > room:
+            self._spare = []
+            for layer, old in enumerate(self._stored):
+                self._stored[layer] = old.new_empty(max(2 * room, self.length), *old.shape[1:])
+                self._stored[layer][:room] = old
 
     def _used(self, layer: int) -> tuple[Tensor, Tensor]:
         key, value = self._stored[layer][: self.length].permute(1, 2, 3, 0, 4).unbind(0)

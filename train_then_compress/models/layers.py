@@ -43,6 +43,10 @@ class TokenEmbedding(nn.Embedding):
         return F.linear(x, self.weight, bias)
 
 
+def _at(x: Tensor, where: Tensor | None) -> Tensor:
+    return x if where is None else x.flatten(0, 1).index_select(0, where)
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention with one fused projection for queries, keys and values.
 
@@ -64,14 +68,14 @@ class SelfAttention(nn.Module):
             query, key = rotate(query, *rotation), rotate(key, *rotation)
         return query, key, value
 
-    def forward(self, x: Tensor, bias: Tensor | None, rotation: Rotation | None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None, rotation: Rotation | None, where: Tensor | None = None) -> Tensor:
         """``x`` [batch, length, width]; ``bias``, broadcast to [batch, heads, length, length], minus infinity where
-        attention must not go, or None."""
+        attention must not go, or None; ``where`` as in `EncoderLayer`."""
         batch, length, _ = x.shape
         query, key, value = self.project(x, rotation)
         dropout = self.dropout if self.training else 0.0
         mixed = attention(query, key, value, bias, dropout)
-        return self.output(mixed.transpose(1, 2).reshape(batch, length, self.heads * self.head_size))
+        return self.output(_at(mixed.transpose(1, 2).reshape(batch, length, self.heads * self.head_size), where))
 
 
 class FeedForward(nn.Module):
@@ -100,10 +104,11 @@ class EncoderLayer(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(config.width)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, bias: Tensor | None, rotation: Rotation | None) -> Tensor:
-        """[batch, length, width] -> the same."""
+    def forward(self, x: Tensor, bias: Tensor | None, rotation: Rotation | None, where: Tensor | None = None) -> Tensor:
+        """[batch, length, width] -> the same, or only what stands ``where``, int64 [n] into the flattened batch ->
+        [n, width]: all positions are looked at from there, and the rest is not computed."""
         if self.pre_norm:
-            x = x + self.dropout(self.attention(self.attention_norm(x), bias, rotation))
+            x = _at(x, where) + self.dropout(self.attention(self.attention_norm(x), bias, rotation, where))
             return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
-        x = self.attention_norm(x + self.dropout(self.attention(x, bias, rotation)))
+        x = self.attention_norm(_at(x, where) + self.dropout(self.attention(x, bias, rotation, where)))
         return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))

@@ -72,6 +72,20 @@ class Encoder(nn.Module):
         normalized: Tensor = self.final_norm(x)
         return normalized
 
+    def at(self, tokens: Tensor, where: Tensor, padded: bool = True) -> Tensor:
+        """What `forward` gives at some positions, int64 [n] into the flattened batch -> [n, width].
+
+        In training the last layer is computed there only, unless something watches it.
+        """
+        *inner, last = self.layers
+        if not self.training or last._forward_hooks:
+            return self(tokens, padded).flatten(0, 1).index_select(0, where)
+        x, bias, rotation = self.embed(tokens, padded)
+        for layer in inner:
+            x = layer(x, bias, rotation)
+        normalized: Tensor = self.final_norm(last(x, bias, rotation, where))
+        return normalized
+
 
 class MaskedLM(nn.Module):
     """The encoder with RoBERTa's head; logits are computed at the asked-for positions only."""
@@ -87,7 +101,7 @@ class MaskedLM(nn.Module):
 
     def forward(self, tokens: Tensor, where: Tensor, padded: bool = True) -> Tensor:
         """``tokens`` int64 [batch, length], ``where`` int64 [n] into the flattened batch -> logits [n, vocabulary]."""
-        hidden = self.encoder(tokens, padded).flatten(0, 1).index_select(0, where)
+        hidden = self.encoder.at(tokens, where, padded)
         return self.encoder.embedding.project(self.head_norm(F.gelu(self.head(hidden))), self.bias)
 
 

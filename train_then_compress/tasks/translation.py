@@ -9,7 +9,6 @@ from typing import ClassVar, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -21,17 +20,12 @@ from train_then_compress.data.pairs import PairBatch, PairBatches, Pairs, PairSp
 from train_then_compress.data.prepare import PAD, SPLITS
 from train_then_compress.evaluation.bleu import score
 from train_then_compress.evaluation.decoding import Decoding
-from train_then_compress.evaluation.predictions import (
-    IGNORED,
-    fill_up,
-    perplexity,
-    prediction_facts,
-    prediction_sums,
-)
+from train_then_compress.evaluation.predictions import fill_up, perplexity, prediction_facts, prediction_sums
 from train_then_compress.evaluation.translation import translate
 from train_then_compress.models.fairseq.modules import implemented
 from train_then_compress.models.transformer import Translator
 from train_then_compress.training import parallel
+from train_then_compress.training.smoothing import smoothed_cross_entropy
 from train_then_compress.training.task import Counts, Quality
 
 #: Source positions decoded in one batch.
@@ -78,8 +72,7 @@ class TranslationTask:
         self.config, self.pairs, self.vocab_size = config, pairs, pairs.vocab_size
         self.device = torch.device(config.runtime.device)
         self.tokenizer = Tokenizer.from_file(str(pairs.tokenizer))
-        # fairseq's: the share of a token's own probability is what smoothing leaves, uniform over all *other* tokens.
-        self.smoothing = config.task.label_smoothing * self.vocab_size / (self.vocab_size - 1)
+        self.smoothing = config.task.label_smoothing
         self._splits = {split: pairs.split(split) for split in SPLITS}
         self._check_lengths()
         self.batch = self._batches(seed)
@@ -163,10 +156,7 @@ class TranslationTask:
     def loss(self, model: nn.Module, part: Part) -> tuple[Tensor, int]:
         """Summed label-smoothed cross-entropy of the target tokens, and their number."""
         logits = self.logits(model, part).float()
-        loss = F.cross_entropy(
-            logits, part.targets, ignore_index=IGNORED, reduction="sum", label_smoothing=self.smoothing
-        )
-        return loss, part.terms
+        return smoothed_cross_entropy(logits, part.targets, self.smoothing), part.terms
 
     def evaluate(self, model: nn.Module, split: str) -> Quality:
         """Quality on a split (its first pairs where the config has a limit); the ranks share the work."""

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train_then_compress.config import Teaching
-from train_then_compress.config.parts import in_embedding, reads_target
+from train_then_compress.config.parts import SIDES, in_embedding, reads_target
 from train_then_compress.training.task import text_at, tokens_at
 
 STUDENT, TEACHER = 0, 1
@@ -50,7 +50,7 @@ def depths_of(model: nn.Module) -> dict[str, int]:
     """The layers that an encoder and perhaps a decoder have, whatever pruning has left of them."""
     return {
         stack: len(list(module.get_submodule("layers").children())) for stack, module in model.named_children()
-        if stack in ("encoder", "decoder")
+        if stack in SIDES
     }  # fmt: skip
 
 

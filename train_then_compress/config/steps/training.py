@@ -42,7 +42,7 @@ class SeqDistill(StepConfig):
     explained: ClassVar[str] = "seqdistill: trained on the dense model's translations by beam search"
     has_strength: ClassVar[bool] = False
     tasks: ClassVar[tuple[str, ...]] = ("translation",)
-    sentences: int = Field(20_000, ge=1)
+    sentences: int = Field(10_000, ge=1)
     beam: int = Field(5, ge=1, le=16)
     steps: int = Field(500, ge=1)
     lr_factor: float = Field(0.3, gt=0, le=10)

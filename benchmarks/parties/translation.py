@@ -1,0 +1,72 @@
+"""The programs of translation_training.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from parties import loops
+from train_then_compress.config import Config
+from train_then_compress.data.pairs import PairSplit, prepare_pairs
+from train_then_compress.data.prepare import EOS, PAD
+from train_then_compress.models.fairseq.modules import TransformerAtPlaces
+from train_then_compress.tasks.translation import TranslationTask
+
+
+class Examples(Dataset[dict[str, list[int]]]):
+    """Pairs as a Hugging Face tokenizer gives them, ``</s>`` after each side."""
+
+    def __init__(self, pairs: PairSplit):
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, number: int) -> dict[str, list[int]]:
+        source, target = ([*side.tolist(), EOS] for side in self.pairs.sides(number))
+        return {"input_ids": source, "attention_mask": [1] * len(source), "labels": target}
+
+
+def ours(config: Config, steps: int) -> None:
+    """This project's translator."""
+    task = TranslationTask(config, prepare_pairs(config.data, Path(config.paths.cache)), config.seed)
+    loops.train(task.new_model(), task, config, steps)
+
+
+def fairseq_model(config: Config, steps: int) -> None:
+    """fairseq's model in this project's loop."""
+    task = TranslationTask(config, prepare_pairs(config.data, Path(config.paths.cache)), config.seed)
+    torch.manual_seed(config.seed)
+    model = TransformerAtPlaces(config.model, task.vocab_size, config.model.length)
+    loops.train(model.to(task.device), task, config, steps)
+
+
+def transformers(config: Config, steps: int) -> None:
+    """MarianMTModel under its library's Trainer, as run_translation.py among its examples trains, pairs of like
+    length together."""
+    library, pairs = loops.transformers(), prepare_pairs(config.data, Path(config.paths.cache))
+    shape, sides = config.model, {}
+    for side, layers in (("encoder", shape.encoder_layers), ("decoder", shape.decoder_layers)):
+        sides |= {f"{side}_layers": layers, f"{side}_attention_heads": shape.heads, f"{side}_ffn_dim": 4 * shape.width}
+    torch.manual_seed(config.seed)
+    model = library.MarianMTModel(library.MarianConfig(
+        vocab_size=pairs.vocab_size, d_model=shape.width, dropout=shape.dropout, attention_dropout=shape.dropout,
+        activation_function="relu", max_position_embeddings=shape.length, scale_embedding=True, pad_token_id=PAD,
+        eos_token_id=EOS, decoder_start_token_id=EOS, forced_eos_token_id=EOS, **sides,
+    ))  # fmt: skip
+    collate = library.DataCollatorForSeq2Seq(loops.tokenizer_of(pairs.tokenizer), model=model)
+
+    def tokens_of(batch: dict[str, Any]) -> int:
+        return int(batch["attention_mask"].sum()) + int((batch["labels"] >= 0).sum())
+
+    loops.train_transformers(
+        model, collate, tokens_of, Examples(pairs.split("train")), config, steps,
+        label_smoothing_factor=config.task.label_smoothing, train_sampling_strategy="group_by_length",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    loops.main({"ours": ours, "fairseq_model": fairseq_model, "transformers": transformers})
