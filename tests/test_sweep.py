@@ -10,7 +10,7 @@ from train_then_compress import sweep
 
 SWEEP = [
     "-m", "+scale=cpu", "model.depth=1,2", "optimizer.schedule=linear,wsd", "budget=steps,tokens", "budget.value=5000",
-    "recipes=[none],[none,quant4]", "++data.fraction=0.5,1", "optimizer.lr=${divide:1,${model.width}}",
+    "recipes=[none],[none,quant4]", "++data.fraction=0.5,1",
 ]  # fmt: skip
 
 

@@ -27,7 +27,7 @@ import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import OverrideType
+from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -200,7 +200,8 @@ def _alike_from_one_composition() -> Iterator[None]:
     composed: dict[tuple[str | None, ...], DictConfig] = {}
 
     def load(self: ConfigLoaderImpl, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-        values, files = [], []
+        values: list[Override] = []
+        files: list[Override] = []
         for override in OverridesParser.create(config_loader=self).parse_overrides(sweep_overrides):
             is_value = override.type is OverrideType.CHANGE and not self.repository.group_exists(override.key_or_group)
             (values if is_value else files).append(override)
@@ -211,11 +212,11 @@ def _alike_from_one_composition() -> Iterator[None]:
         ConfigLoaderImpl._apply_overrides_to_config(values, config)
         return config
 
-    ConfigLoaderImpl.load_sweep_config = load
+    ConfigLoaderImpl.load_sweep_config = load  # type: ignore[method-assign]
     try:
         yield
     finally:
-        ConfigLoaderImpl.load_sweep_config = original
+        ConfigLoaderImpl.load_sweep_config = original  # type: ignore[method-assign]
 
 
 def resolve(composed: DictConfig) -> Config:
