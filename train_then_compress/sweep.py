@@ -197,7 +197,7 @@ def _alike_from_one_composition() -> Iterator[None]:
     A composition takes a good part of a second, and Hydra makes two for each cell.
     """
     original = ConfigLoaderImpl.load_sweep_config
-    composed: dict[tuple[str | None, ...], DictConfig] = {}
+    composed: dict[tuple[str, ...], DictConfig] = {}
 
     def load(self: ConfigLoaderImpl, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         values: list[Override] = []
@@ -205,7 +205,7 @@ def _alike_from_one_composition() -> Iterator[None]:
         for override in OverridesParser.create(config_loader=self).parse_overrides(sweep_overrides):
             is_value = override.type is OverrideType.CHANGE and not self.repository.group_exists(override.key_or_group)
             (values if is_value else files).append(override)
-        key = tuple(override.input_line for override in files)
+        key = tuple(str(override.input_line) for override in files)
         if key not in composed:
             composed[key] = original(self, master_config, list(key))
         config = copy.deepcopy(composed[key])
