@@ -327,6 +327,8 @@ def test_a_group_file_composes_and_is_valid(path: Path) -> None:
     needed = []
     if path.stem in ("text_files", "csv_files", "parallel_files"):
         needed, expected["train"] = ["data.train=corpus.txt"], "corpus.txt"
+    if path.stem == "fairseq_bin":
+        needed, expected["path"] = ["data.path=data-bin"], "data-bin"
     if group == "distill":
         needed, expected["teacher"] = ["distill.teacher=runs/x"], "runs/x"
     if f"{group}={path.stem}" in FINETUNING or path.stem in LABELLED or path.stem == "epochs":

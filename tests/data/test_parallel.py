@@ -10,7 +10,6 @@ from pathlib import Path
 import datasets
 import pytest
 import yaml
-from hydra.core.config_store import ConfigStore
 
 from train_then_compress import sweep
 from train_then_compress.config import Config, ConfigError
@@ -61,13 +60,6 @@ def test_unusable_files_are_refused_before_training(
     with pytest.raises(ConfigError, match=words):
         load_parallel(ParallelFiles(train=str(tmp_path / train)), tmp_path)
     _refused(tmp_path, capsys, "data=parallel_files", f"data.train={tmp_path / train}")
-
-
-@pytest.fixture(autouse=True)
-def _no_schemas_of_fairseq(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fairseq, where a test of this process has imported it, has Hydra check our settings against fairseq's."""
-    store = ConfigStore.instance()
-    monkeypatch.setattr(store, "repo", {name: node for name, node in store.repo.items() if name.startswith("hydra")})
 
 
 def _refused(folder: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
@@ -223,7 +215,7 @@ def test_descriptions_and_help_pages_are_aligned(tmp_path: Path, monkeypatch: py
         )
     (archive / "host_Packages").write_text("Package: boat\nSource: boats (1.0)\n")
     (archive / "host_i18n_Translation-en").write_text(ENGLISH)
-    (archive / "host_i18n_Translation-it").write_text(ITALIAN)
+    (archive / "host_i18n_Translation-it").write_text(ITALIAN.replace(" .\n", " \n"))
     programs.mkdir()
     for name in ("apt-get", "apt-cache", "dpkg-deb"):
         (programs / name).write_text(STAND_IN.format(python=sys.executable, archive=str(archive)))

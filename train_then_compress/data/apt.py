@@ -133,7 +133,8 @@ def description(field: str) -> str:
 
 
 def _stanzas(lines: Iterable[str]) -> Iterator[str]:
-    for empty, group in groupby(lines, lambda line: not line.strip()):
+    # A line of spaces belongs to a description: the French list has some.
+    for empty, group in groupby(lines, lambda line: not line.strip("\r\n")):
         if not empty:
             yield "".join(group)
 
