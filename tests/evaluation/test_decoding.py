@@ -10,68 +10,41 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
-from train_then_compress.data.prepare import EOS, MASK, PAD
+from train_then_compress.data.prepare import BOS, EOS, MASK, PAD
 from train_then_compress.evaluation.decoding import Decoding, beam_search, largest
+from train_then_compress.models.fairseq.modules import dictionary, transformer
+from train_then_compress.models.fairseq.weights import TRANSFORMER, state_dict
 from train_then_compress.models.transformer import CrossAttention, Translator
 
 pytest.importorskip("fairseq")
 Make = Callable[..., Any]
-#: Of MASK: fairseq has no such token, so the generator under test must be told not to produce it.
+#: Of <s> and <mask>, which fairseq's generator would produce.
 FORBIDDEN = -1e9
 
 
-class AsFairseq(nn.Module):
-    """Our model in the form that fairseq's generator asks for: an encoder and a decoder without incremental state."""
+def as_fairseq(model: Translator) -> Any:
+    """fairseq's TransformerModel with the same weights, which never produces what ours never does."""
+    reference: Any = transformer(model.config, model.embedding.num_embeddings, model.length)
+    reference.load_state_dict(state_dict(model.state_dict(), TRANSFORMER))
+    probabilities_of = reference.get_normalized_probs
 
-    def __init__(self, model: Translator):
-        super().__init__()
-        self.model = model
-        self.encoder = self._Encoder(model)
-        self.decoder = self._Decoder(model)
-
-    def max_decoder_positions(self) -> int:
-        return self.model.length
-
-    class _Encoder(nn.Module):
-        def __init__(self, model: Translator):
-            super().__init__()
-
-        def forward_torchscript(self, net_input: dict[str, Tensor]) -> dict[str, list[Tensor]]:
-            return {"source": [net_input["src_tokens"]]}
-
-        def reorder_encoder_out(self, out: dict[str, list[Tensor]], order: Tensor) -> dict[str, list[Tensor]]:
-            return {"source": [out["source"][0].index_select(0, order)]}
-
-    class _Decoder(nn.Module):
-        def __init__(self, model: Translator):
-            super().__init__()
-            self.model = model
-
-        def forward(self, tokens: Tensor, encoder_out: dict[str, list[Tensor]]) -> tuple[Tensor, None]:
-            logits = self.model(encoder_out["source"][0], tokens, torch.arange(tokens.numel()))
-            return logits.view(*tokens.shape, -1), None
-
-        def max_positions(self) -> int:
-            return self.model.length
-
-    def get_normalized_probs(self, output: tuple[Tensor, Any], log_probs: bool, sample: Any = None) -> Tensor:
-        probabilities = output[0].log_softmax(dim=-1).clone()
-        probabilities[..., [0, MASK]] = FORBIDDEN
+    def without_forbidden(output: Any, log_probs: bool, sample: Any = None) -> Tensor:
+        probabilities: Tensor = probabilities_of(output, log_probs, sample)
+        probabilities[..., [BOS, MASK]] = FORBIDDEN
         return probabilities
+
+    reference.get_normalized_probs = without_forbidden
+    return reference.eval()
 
 
 def fairseq_hypotheses(model: Translator, source: Tensor, decoding: Decoding) -> list[list[tuple[list[int], float]]]:
-    from fairseq.data import Dictionary
     from fairseq.sequence_generator import SequenceGenerator
 
-    dictionary = Dictionary()
-    for number in range(4, model.embedding.num_embeddings):
-        dictionary.add_symbol(str(number))
     generator = SequenceGenerator(
-        [AsFairseq(model)], dictionary, beam_size=decoding.beam, max_len_a=0, max_len_b=decoding.max_extra,
-        len_penalty=decoding.length_penalty,
+        [as_fairseq(model)], dictionary(model.embedding.num_embeddings), beam_size=decoding.beam, max_len_a=0,
+        max_len_b=decoding.max_extra, len_penalty=decoding.length_penalty,
     )  # fmt: skip
     with torch.inference_mode():
         found = generator.generate([], {"net_input": {"src_tokens": source, "src_lengths": (source != PAD).sum(1)}})

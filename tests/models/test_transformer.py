@@ -1,21 +1,19 @@
-"""The translation Transformer against fairseq's, weights copied; step by step against all at once."""
+"""The translation Transformer: step by step against all at once. `test_fairseq_parity` holds it against fairseq's."""
 
 from __future__ import annotations
 
-from argparse import Namespace
 from functools import cache
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from train_then_compress.config.model import TransformerConfig
 from train_then_compress.data.prepare import EOS, MASK, PAD
 from train_then_compress.models.transformer import Translator
 
-fairseq = pytest.importorskip("fairseq")
 VOCABULARY, LENGTH = 60, 24
 
 
@@ -52,84 +50,6 @@ def targets(lengths: list[int]) -> Tensor:
     for row, end in zip(tokens, lengths, strict=True):
         row[end:] = PAD
     return tokens
-
-
-def fairseq_dictionary() -> object:
-    """fairseq's, with our numbers: <s>, <pad>, </s>, <unk>, then everything else."""
-    from fairseq.data import Dictionary
-
-    dictionary = Dictionary()
-    for number in range(4, VOCABULARY):
-        dictionary.add_symbol(str(number))
-    assert len(dictionary) == VOCABULARY and (dictionary.pad(), dictionary.eos()) == (PAD, EOS)
-    return dictionary
-
-
-def reference_of(model: Translator) -> nn.Module:
-    """fairseq's Transformer of the same shape with the same weights."""
-    from fairseq.models.transformer import TransformerModel, base_architecture
-
-    config = model.config
-    side = {"embed_dim": config.width, "ffn_embed_dim": 4 * config.width, "attention_heads": config.heads,
-            "normalize_before": config.norm == "pre", "learned_pos": config.positions == "learned"}  # fmt: skip
-    arguments = {f"{part}_{key}": value for part in ("encoder", "decoder") for key, value in side.items()}
-    arguments |= {
-        "encoder_layers": config.encoder_layers, "decoder_layers": config.decoder_layers, "share_all_embeddings": True,
-        "max_source_positions": LENGTH, "max_target_positions": LENGTH, "dropout": 0.0,
-    }  # fmt: skip
-    namespace = Namespace(**arguments)
-    base_architecture(namespace)
-    task = Namespace(source_dictionary=fairseq_dictionary(), target_dictionary=fairseq_dictionary())
-    reference = TransformerModel.build_model(namespace, task)
-    # Without a version fairseq takes the weights for those of an early release, and drops the last normalization.
-    version = {f"{side}.version": torch.tensor([3.0]) for side in ("encoder", "decoder")}
-    missing, unexpected = reference.load_state_dict(copied(model) | version, strict=False)
-    assert not unexpected and all(name.endswith(("version", "_float_tensor")) for name in missing), missing
-    return reference.eval()
-
-
-def copied(model: Translator) -> dict[str, Tensor]:
-    """Our weights under fairseq's names."""
-    parts = {"attention_norm": "self_attn_layer_norm", "cross_attention_norm": "encoder_attn_layer_norm",
-             "feed_forward_norm": "final_layer_norm", "feed_forward.inner": "fc1", "feed_forward.outer": "fc2",
-             "attention.output": "self_attn.out_proj", "cross_attention.output": "encoder_attn.out_proj",
-             "cross_attention.query": "encoder_attn.q_proj"}  # fmt: skip
-    fused = {"attention.query_key_value": ("self_attn", "qkv"), "cross_attention.key_value": ("encoder_attn", "kv")}
-    theirs: dict[str, Tensor] = {}
-    for name, value in model.state_dict().items():
-        if name == "embedding.weight":
-            theirs |= {f"{side}.embed_tokens.weight": value for side in ("encoder", "decoder")}
-            theirs["decoder.output_projection.weight"] = value
-        elif name.endswith("_positions"):
-            side = "encoder" if name.startswith("source") else "decoder"
-            empty = torch.zeros(PAD + 1, value.shape[1])
-            theirs[f"{side}.embed_positions.weight"] = torch.cat([empty, value])
-        elif ".final_norm." in name:
-            theirs[name.replace("final_norm", "layer_norm")] = value
-        else:
-            side, _, number, inside, kind = (*name.split(".")[:3], ".".join(name.split(".")[3:-1]), name.split(".")[-1])
-            layer = f"{side}.layers.{number}"
-            if inside in fused:
-                module, letters = fused[inside]
-                for letter, piece in zip(letters, value.chunk(len(letters)), strict=True):
-                    theirs[f"{layer}.{module}.{letter}_proj.{kind}"] = piece
-            else:
-                theirs[f"{layer}.{parts[inside]}.{kind}"] = value
-    return theirs
-
-
-@pytest.mark.parametrize("norm", ["pre", "post"])
-@pytest.mark.parametrize("positions", ["sinusoidal", "learned"])
-def test_logits_are_those_of_fairseq(norm: str, positions: str) -> None:
-    model = translator(shape(norm=norm, positions=positions))
-    lengths = [7, 12, 3]
-    source, target = padded(lengths, 1), targets([9, 4, 11])
-    with torch.inference_mode():
-        logits, _ = reference_of(model)(source, torch.tensor(lengths), target)
-        where = (target != PAD).flatten().nonzero().squeeze(1)
-        expected = logits.flatten(0, 1)[where]
-        ours = model(source, target, where)
-    assert expected.std() > 0.5 and torch.allclose(ours, expected, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("positions", ["sinusoidal", "learned", "rotary"])

@@ -113,8 +113,10 @@ class Peer:
         if self._device != inputs[0].device:
             self._device = inputs[0].device
             self._module.to(self._device)
-        theirs = {f"model.{name}": value for name, value in to_fairseq(weights, self._names).items()}
-        return functional_call(self._module.train(training), theirs, inputs)
+        grad = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(grad):  # it keeps masks that training uses later
+            theirs = {f"model.{name}": value for name, value in to_fairseq(weights, self._names).items()}
+            return functional_call(self._module.train(training), theirs, inputs)
 
 
 class RobertaAtPlaces(nn.Module):
