@@ -92,7 +92,9 @@ def track(study: Study, runs: Runs = Path("runs")) -> None:
 @app.command()
 def export(
     point: Annotated[str, typer.Argument(help="RUN_DIRECTORY (the dense model) or RUN_DIRECTORY:RECIPE.")],
-    to: Annotated[str, typer.Option("--to", help="onnx, onnx_int8, safetensors or hf.")],
+    to: Annotated[
+        str, typer.Option("--to", help="onnx, onnx_int8, safetensors, hf, fairseq, ctranslate2 or ctranslate2_int8.")
+    ],
     out: Annotated[
         Path | None, typer.Option(help="The directory to make (default: export/RECIPE-FORMAT in the run's).")
     ] = None,
@@ -106,6 +108,23 @@ def export(
     try:
         typer.echo(exports.export(point, to, out))
     except (exports.ExportError, Unavailable, ConfigError, Damaged) as error:
+        _fail(error)
+
+
+@app.command("import")
+def import_model(
+    directory: Annotated[Path, typer.Argument(help="With model.pt, dict.txt, and encoder.json and vocab.bpe.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The run's directory to make (default: runs/imported/ and DIRECTORY's name).")
+    ] = None,
+) -> None:
+    """Make a run of a RoBERTa that fairseq published, for init_from: to finetune, compress and export it."""
+    from train_then_compress.config import ConfigError
+    from train_then_compress.imports import Incompatible, import_roberta
+
+    try:
+        typer.echo(import_roberta(directory, out or Path("runs") / "imported" / directory.resolve().name))
+    except (Incompatible, ConfigError) as error:
         _fail(error)
 
 

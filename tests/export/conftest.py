@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from train_then_compress.compression.compressed import Compressed
 from train_then_compress.config import Config
 from train_then_compress.data.prepare import BOS, EOS, MASK, PAD, Prepared
 from train_then_compress.export.point import Point, new_model
+from train_then_compress.models.transformer import Translator
 
 LENGTH = 32
 LABELS = ["harbour", "library", "orchard"]
@@ -26,6 +27,12 @@ def point_of(build_config: Callable[..., Config], prepared: Prepared, labelled_f
     def make(task: str, **model: Any) -> Point:
         if task == "mlm":
             config, labels = build_config(model=model), []
+        elif task == "translation":
+            config, labels = Config.build({
+                "task": {"name": task}, "data": {"name": "debian_pairs"}, "budget": {"kind": "steps", "value": 20},
+                "model": {"name": "transformer", "depth": 2, "decoder_depth": 3, "width": 32, "head_size": 16,
+                          "length": LENGTH, **model},
+            }), []  # fmt: skip
         else:
             shape = {"depth": 2, "width": 32, "head_size": 16, **model}
             config, labels = Config.build({
@@ -38,9 +45,19 @@ def point_of(build_config: Callable[..., Config], prepared: Prepared, labelled_f
         with torch.no_grad():
             for parameter in made.parameters():
                 parameter.add_(0.2 * torch.randn_like(parameter))
+            if isinstance(made, Translator):
+                let_translations_end(made)
         return Point("run:none", config, Compressed(made), prepared.tokenizer, prepared.vocab_size, labels)
 
     return make
+
+
+def let_translations_end(model: Translator) -> None:
+    """Make ``</s>`` the likeliest token at every fifth position: a beam then finds translations of several lengths."""
+    last = [module for module in model.decoder.modules() if isinstance(module, nn.LayerNorm)][-1]
+    source, target = (torch.randint(MASK + 1, len(model.embedding.weight), (16, 12)) for _ in range(2))
+    while (model(source, target, torch.arange(target.numel())).argmax(dim=1) == EOS).float().mean() < 0.2:
+        last.bias += 0.1 * model.embedding.weight[EOS]
 
 
 def batch_of(ends: list[int], length: int) -> Tensor:

@@ -11,7 +11,7 @@ from train_then_compress.export.point import ExportError, find_point, split_name
 
 __all__ = ["FORMATS", "ExportError", "export"]
 
-FORMATS = ("onnx", "onnx_int8", "safetensors", "hf")
+FORMATS = ("onnx", "onnx_int8", "safetensors", "hf", "fairseq", "ctranslate2", "ctranslate2_int8")
 
 
 def export(text: str, to: str, out: Path | None = None) -> Path:

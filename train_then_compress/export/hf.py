@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from train_then_compress.data.prepare import BOS, EOS, MASK, PAD, SPECIAL_TOKENS, UNK
-from train_then_compress.export.point import ExportError, Point, new_model
-from train_then_compress.export.tokenizer import write_tokenizer
+from train_then_compress.export.point import ExportError, Point
+from train_then_compress.export.tokenizer import has_prefix_space, write_tokenizer
 from train_then_compress.models.roberta import Classifier, MaskedLM
+from train_then_compress.models.transformer import Translator
 
 #: transformers numbers positions from padding id + 1, as RoBERTa does.
 _BEFORE_POSITIONS = PAD + 1
@@ -30,7 +31,7 @@ def write(point: Point, directory: Path) -> None:
     assert isinstance(model, MaskedLM | Classifier)
     (directory / "model.safetensors").write_bytes(save(weights(model), {"format": "pt"}))
     _write_json(directory / "config.json", settings(model, point.labels))
-    _write_json(directory / "tokenizer_config.json", _tokenizer_settings(point.longest))
+    _write_json(directory / "tokenizer_config.json", _tokenizer_settings(point))
     write_tokenizer(point.tokenizer, directory)
 
 
@@ -101,35 +102,25 @@ def _in_layer(part: str, kind: str, value: Tensor, layers: str, pre: bool) -> di
 
 
 def _check(point: Point) -> None:
-    """Refuse what RoBERTa's classes in transformers cannot be; fewer layers are as good as all."""
+    """Refuse what RoBERTa's classes in transformers cannot be."""
     instead = "--to onnx and --to safetensors take it"
+    if isinstance(point.model, Translator):
+        raise ExportError(f"{point.name}: transformers has no class for this translator; --to ctranslate2, --to "
+                          "fairseq and --to safetensors take it")  # fmt: skip
     if point.config.model.positions == "rotary":
         raise ExportError(f"{point.name}: transformers' RoBERTa has no rotary positions; {instead}")
-    with torch.device("meta"):
-        plain = new_model(point.config, point.vocab_size, point.labels)
-    plain.encoder.layers = plain.encoder.layers[: len(list(point.model.get_submodule("encoder.layers").children()))]
-    found, expected = _form(point.model), _form(plain)
-    if found != expected:
-        different = next(name for name in expected | found if found.get(name) != expected.get(name))
-        raise ExportError(f"{point.name}: compression changed {different}, and transformers' RoBERTa has plain "
-                          f"layers of one shape only; {instead}")  # fmt: skip
+    point.refuse_changes("transformers' RoBERTa", instead)
 
 
-def _form(model: nn.Module) -> dict[str, Any]:
-    """The type of every module and the shape of every parameter, by name."""
-    types: dict[str, Any] = {name: type(module) for name, module in model.named_modules() if name}
-    return types | {name: parameter.shape for name, parameter in model.named_parameters()}
-
-
-def _tokenizer_settings(longest: int) -> dict[str, Any]:
+def _tokenizer_settings(point: Point) -> dict[str, Any]:
     """``tokenizer_config.json``: whatever class reads it, ``tokenizer.json`` says what is done."""
     roles = {"bos": BOS, "cls": BOS, "eos": EOS, "sep": EOS, "pad": PAD, "unk": UNK}
     mask = {"__type": "AddedToken", "content": SPECIAL_TOKENS[MASK], "lstrip": True, "rstrip": False,
             "normalized": False, "single_word": False, "special": True}  # fmt: skip
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": longest, "padding_side": "right",
-        "add_prefix_space": True, "clean_up_tokenization_spaces": False, "mask_token": mask,
-        **{f"{role}_token": SPECIAL_TOKENS[token] for role, token in roles.items()},
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": point.longest, "padding_side": "right",
+        "add_prefix_space": has_prefix_space(point.tokenizer), "clean_up_tokenization_spaces": False,
+        "mask_token": mask, **{f"{role}_token": SPECIAL_TOKENS[token] for role, token in roles.items()},
     }  # fmt: skip
 
 

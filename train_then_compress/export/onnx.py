@@ -13,9 +13,10 @@ from torch.export import Dim
 
 from train_then_compress.cost.engines import load, quiet
 from train_then_compress.data.prepare import BOS
-from train_then_compress.export.point import Point
+from train_then_compress.export.point import ExportError, Point
 from train_then_compress.export.tokenizer import write_tokenizer
 from train_then_compress.models.early_exit import EarlyExitClassifier
+from train_then_compress.models.transformer import Translator
 
 #: The version that torch's operators are translated to first; others are converted from it.
 OPSET = 18
@@ -55,7 +56,10 @@ def write(point: Point, directory: Path) -> None:
     Input ``tokens`` int64 [batch, length], any batch and any length up to the run's, padded at the end with id 1;
     output ``logits`` float32 [batch, length, vocabulary] of a masked LM, [batch, labels] of a classifier. Compressed
     weights are unpacked to fp32. Metadata: the point's facts (see `Point.facts`).
+    Raises `ExportError` for a translator.
     """
+    if isinstance(point.model, Translator):
+        raise ExportError(f"{point.name}: ONNX files hold no beam search; --to ctranslate2 does it")
     model = point.model if point.labels else Everywhere(point.model)
     if isinstance(model, EarlyExitClassifier):
         model = FirstSure(model)

@@ -6,7 +6,9 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
 from train_then_compress.compression.compressed import Compressed
@@ -44,6 +46,19 @@ class Point:
             return self.model.length
         length: int = self.model.get_submodule("encoder").length  # type: ignore[assignment]
         return length
+
+    def refuse_changes(self, library: str, instead: str) -> None:
+        """Raise `ExportError` where compression changed more than weights; fewer layers are as good as all."""
+        with torch.device("meta"):
+            plain: nn.Module = new_model(self.config, self.vocab_size, self.labels)
+        for name, layers in plain.named_modules():
+            if isinstance(layers, nn.ModuleList):
+                del layers[len(list(self.model.get_submodule(name).children())) :]
+        found, expected = _form(self.model), _form(plain)
+        if found != expected:
+            different = next(name for name in expected | found if found.get(name) != expected.get(name))
+            raise ExportError(f"{self.name}: compression changed {different}, and {library} has plain layers of one "
+                              f"shape only; {instead}")  # fmt: skip
 
     @property
     def facts(self) -> dict[str, str]:
@@ -90,6 +105,12 @@ def split_name(text: str) -> tuple[Path, str]:
     """Run directory and recipe."""
     directory, colon, recipe = text.rpartition(":")
     return (Path(directory), recipe) if colon and not Path(text).is_dir() else (Path(text), "none")
+
+
+def _form(model: nn.Module) -> dict[str, Any]:
+    """The type of every module and the shape of every parameter, by name."""
+    types: dict[str, Any] = {name: type(module) for name, module in model.named_modules() if name}
+    return types | {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
 def new_model(config: Config, vocab_size: int, labels: list[str]) -> MaskedLM | Classifier | Translator:

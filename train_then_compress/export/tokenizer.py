@@ -23,3 +23,22 @@ def write_tokenizer(source: Path, directory: Path) -> None:
     for token in described["added_tokens"]:
         token["lstrip"] = token["id"] == MASK
     (directory / "tokenizer.json").write_text(json.dumps(described, ensure_ascii=False))
+
+
+def write_bpe(source: Path, directory: Path) -> None:
+    """Write ``vocab.json`` and ``merges.txt``, GPT-2's form of a byte-level BPE (fairseq: ``--bpe hf_byte_bpe``)."""
+    bpe = json.loads(source.read_text())["model"]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in bpe["merges"]]
+    (directory / "vocab.json").write_text(json.dumps(bpe["vocab"], ensure_ascii=False))
+    (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+
+
+def has_prefix_space(source: Path) -> bool:
+    """Whether the first word of a text is taken as if a space stood before it."""
+    return bool(json.loads(source.read_text())["pre_tokenizer"]["add_prefix_space"])
+
+
+def vocabulary(source: Path) -> list[str]:
+    """The tokens in the order of their ids."""
+    tokens: dict[str, int] = json.loads(source.read_text())["model"]["vocab"]
+    return sorted(tokens, key=tokens.__getitem__)
