@@ -26,13 +26,14 @@ def runs_of(study: Path) -> list[Path]:
 def test_killed_at_several_moments_it_ends_in_the_same_weights(
     tmp_path: Path, common: list[str], ttc: Command, assert_same_weights: Compare, kill_at: KillAt, dtype: str
 ) -> None:
-    """SIGKILL in training and in recovery, with dropout; then the same command."""
+    """SIGKILL in training and in recovery, with dropout; then the same command. So little is left by the pruning that
+    there is something to recover."""
     arguments = [
-        "run", *common, "recipes=[prune90]", "steps.prune.increment=45", "steps.prune.recovery.check_every=20",
-        "budget.value=120", "optimizer.lr=1e-2", "model.dropout=0.1", f"runtime.dtype={dtype}",
+        "run", *common, "recipes=[prune99]", "steps.prune.increment=90", "steps.prune.recovery.check_every=20",
+        "budget.value=200", "optimizer.lr=1e-2", "model.dropout=0.1", f"runtime.dtype={dtype}",
     ]  # fmt: skip
     assert ttc(*arguments, "study=calm", cwd=tmp_path).returncode == 0
-    for stage, step in (("pretrain", 6), ("pretrain", 70), ("prune45", 7), ("prune90", 9)):
+    for stage, step in (("pretrain", 6), ("pretrain", 70), ("prune90", 7), ("prune99", 9)):
         kill_at(tmp_path, [*arguments, "study=killed"], stage, step)
     finished = ttc(*arguments, "study=killed", cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
