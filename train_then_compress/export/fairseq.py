@@ -76,8 +76,8 @@ def _masked_lm(point: Point, model: MaskedLM) -> dict[str, Any]:
 
 
 def _translation(point: Point, model: Translator, data: ParallelConfig) -> dict[str, Any]:
-    layers = {"encoder_depth": len(model.encoder.layers), "decoder_depth": len(model.decoder.layers)}
-    shape = dataclasses.replace(model.config, **layers)
+    encoder, decoder = len(model.encoder.layers), len(model.decoder.layers)
+    shape = dataclasses.replace(model.config, encoder_depth=encoder, decoder_depth=decoder)
     return {
         "model": {"_name": "transformer", **transformer_settings(shape, point.longest)},
         "task": {"_name": "translation", "data": ".", "source_lang": data.source, "target_lang": data.target,
