@@ -349,6 +349,8 @@ def test_a_milestone_is_known_by_its_origin() -> None:
     first, second = (plan(config, "d", MACHINE, origin) for origin in ("a", "b"))
     assert first.dense.name == "milestone" and first.dense.id != second.dense.id
     assert first.run_name.startswith("mlm-d12-w768-steps600@0.5-s0-")
+    whole = Config.build(nested({"init_from": "runs/mlm-d1", "budget.kind": "steps"}))
+    assert plan(whole, "d", MACHINE, "a").run_name.startswith("mlm-d12-w768-steps600-s0-")
 
 
 def test_run_names_have_one_form() -> None:

@@ -155,9 +155,10 @@ def run_name(config: Config, identity: str) -> str:
     value = f"{config.budget.value:g}".replace("+", "")
     finetuned = config.task.name == "classification"
     task = {"classification": config.data.name, "translation": "mt"}.get(config.task.name, config.task.name)
-    _, at, milestone = ("", "", "") if finetuned else Path(config.init_from or "").name.rpartition("@")
+    _, at, name = ("", "", "") if finetuned else Path(config.init_from or "").name.rpartition("@")
+    milestone = f"@{name}" if at else ""
     shape = f"d{config.model.depth_name}-w{config.model.width}"
-    return f"{task}-{shape}-{config.budget.kind}{value}{at}{milestone}-s{config.seed}-{identity[:8]}"
+    return f"{task}-{shape}-{config.budget.kind}{value}{milestone}-s{config.seed}-{identity[:8]}"
 
 
 @dataclass(frozen=True)
