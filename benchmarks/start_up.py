@@ -69,7 +69,7 @@ def fabricate(given: list[str]) -> int:
 
 def _finish(cell: Cell, quality: float) -> None:
     directory, key = cell.directory, cell.plan.dense
-    perplexity = 20 + 4000 * quality
+    perplexity = cell.data.record["unigram_perplexity"]["valid"] * (0.1 + 10 * quality)
     directory.write_config(cell.config)
     rows: list[dict[str, Any]] = []
     for number in range(1, 101):

@@ -60,7 +60,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--loss", type=float, help="the loss to reach (default: fairseq-train's lowest)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text", help="file, folder or glob of text to train on (default: the corpus sotu_wiki)")
-    quick = {"shape": "1x32", "seconds": [1.0, 2.0], "fairseq_rates": [5e-4]}
+    quick = {"shape": "1x32", "seconds": [4.0, 8.0], "fairseq_rates": [5e-4]}
     return common.parse(parser, argv, quick, needs=("fairseq",))
 
 

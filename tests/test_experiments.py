@@ -13,7 +13,7 @@ import torch
 
 from train_then_compress import point, run, sweep
 from train_then_compress.config import conf_directory
-from train_then_compress.cost import latency
+from train_then_compress.cost import latency, machine
 from train_then_compress.records import RunDirectory, read_json
 
 #: Those of paper scale need the internet and a GPU; tests/config composes and validates them.
@@ -65,6 +65,7 @@ def test_every_cell_takes_two_steps(
     small += [f"paths.cache={cache}", f"paths.runs={tmp_path}", "evaluation.validation_sequences=4", *QUICK]
     if experiment == "compression_methods":  # whose question is not the shape
         small += ["model.depth=2", "model.width=64"]
+    monkeypatch.setattr(machine, "calibrate", lambda device: {})
     monkeypatch.setattr(latency, "measure", partial(latency.measure, seconds=0.0, least=1))
     monkeypatch.setattr(point, "example_latency", partial(latency.example_latency, seconds=0.0))
     configs, errors = sweep.compose([f"experiment={experiment}", *small])

@@ -9,8 +9,8 @@ import pytest
 from train_then_compress import sweep
 
 SWEEP = [
-    "-m", "+scale=cpu", "model.depth=1,2", "optimizer.schedule=linear,wsd", "budget=steps,tokens", "budget.value=5000",
-    "recipes=[none],[none,quant4]", "++data.fraction=0.5,1", "optimizer.lr=${divide:1,${model.width}}",
+    "-m", "+scale=cpu", "model.depth=1,2", "budget=steps,tokens", "budget.value=5000", "recipes=[none,quant4]",
+    "++data.fraction=0.5,1",
 ]  # fmt: skip
 
 
@@ -18,7 +18,7 @@ def test_cells_are_those_that_hydra_composes_one_by_one(monkeypatch: pytest.Monk
     quick = sweep.compose(SWEEP)
     monkeypatch.setattr(sweep, "_alike_from_one_composition", nullcontext)
     assert quick == sweep.compose(SWEEP)
-    assert len(quick[0]) == 2**5 and not quick[1]
+    assert len(quick[0]) == 2**3 and not quick[1]
 
 
 def test_a_sweep_in_an_experiment_is_composed_once_for_all_its_values(monkeypatch: pytest.MonkeyPatch) -> None:

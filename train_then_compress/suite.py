@@ -11,9 +11,10 @@ from train_then_compress.config.base import reject
 
 
 def benchmarks() -> dict[str, Path]:
-    """The suite's scripts by name; none in an installed package, which has no ``benchmarks/`` beside it."""
-    directory = Path(__file__).resolve().parents[1] / "benchmarks"
-    return {path.stem: path for path in sorted(directory.glob("*.py"))}
+    """The suite's scripts by name; none in an installed package, whatever lies beside it."""
+    root = Path(__file__).resolve().parents[1]
+    scripts = sorted(root.glob("benchmarks/*.py")) if (root / "pyproject.toml").is_file() else []
+    return {path.stem: path for path in scripts}
 
 
 def question(path: Path) -> str:

@@ -27,7 +27,7 @@ import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import OverrideType
+from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -197,25 +197,26 @@ def _alike_from_one_composition() -> Iterator[None]:
     A composition takes a good part of a second, and Hydra makes two for each cell.
     """
     original = ConfigLoaderImpl.load_sweep_config
-    composed: dict[tuple[str | None, ...], DictConfig] = {}
+    composed: dict[tuple[str, ...], DictConfig] = {}
 
     def load(self: ConfigLoaderImpl, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-        values, files = [], []
+        values: list[Override] = []
+        files: list[Override] = []
         for override in OverridesParser.create(config_loader=self).parse_overrides(sweep_overrides):
             is_value = override.type is OverrideType.CHANGE and not self.repository.group_exists(override.key_or_group)
             (values if is_value else files).append(override)
-        key = tuple(override.input_line for override in files)
+        key = tuple(str(override.input_line) for override in files)
         if key not in composed:
             composed[key] = original(self, master_config, list(key))
         config = copy.deepcopy(composed[key])
         ConfigLoaderImpl._apply_overrides_to_config(values, config)
         return config
 
-    ConfigLoaderImpl.load_sweep_config = load
+    ConfigLoaderImpl.load_sweep_config = load  # type: ignore[method-assign]
     try:
         yield
     finally:
-        ConfigLoaderImpl.load_sweep_config = original
+        ConfigLoaderImpl.load_sweep_config = original  # type: ignore[method-assign]
 
 
 def resolve(composed: DictConfig) -> Config:

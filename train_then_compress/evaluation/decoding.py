@@ -81,11 +81,13 @@ def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     chunks = values.shape[-1] // _CHUNK
     if values.shape[-1] % _CHUNK or chunks <= count:
         return values.topk(count, dim=-1)
-    chunked = values.unflatten(-1, (chunks, _CHUNK))
-    _, chosen = chunked.amax(dim=-1).topk(count, dim=-1)
-    candidates = chunked.gather(-2, chosen[..., None].expand(*chosen.shape, _CHUNK)).flatten(-2)
-    found, places = candidates.topk(count, dim=-1)
-    return found, chosen.gather(-1, places // _CHUNK) * _CHUNK + places % _CHUNK
+    pieces = values.reshape(-1, _CHUNK)
+    _, chosen = pieces.amax(dim=1).view(-1, chunks).topk(count, dim=1)
+    firsts = torch.arange(0, len(pieces), chunks, device=values.device)
+    candidates = pieces.index_select(0, (firsts[:, None] + chosen).flatten()).view(len(chosen), -1)
+    found, places = candidates.topk(count, dim=1)
+    places = chosen.gather(1, places // _CHUNK) * _CHUNK + places % _CHUNK
+    return found.view(*values.shape[:-1], count), places.view(*values.shape[:-1], count)
 
 
 class _Beams:
@@ -113,7 +115,8 @@ class _Beams:
         going_on = ends.to(torch.uint8).argsort(dim=1, stable=True)[:, : self.beam]
         scores = scores.masked_fill(ends, -torch.inf)
         scores, parents, words = (t.gather(1, going_on) for t in (scores, parents, words))
-        rows = torch.arange(sentences, device=parents.device)[:, None] * hypotheses + parents
+        every = torch.arange(sentences * hypotheses, device=parents.device)
+        rows = every[::hypotheses, None] + parents
         left = [
             i for i, (number, room) in enumerate(zip(self.numbers, self.room.tolist(), strict=True))
             if len(self.finished[number]) < self.beam and length <= room
@@ -125,7 +128,8 @@ class _Beams:
             chosen = torch.tensor(left, dtype=torch.int64, device=rows.device)
             rows, words, scores, self.room = (t.index_select(0, chosen) for t in (rows, words, scores, self.room))
             self.memory = self.memory.select(chosen)
-        self.cache.select(rows.flatten())
+        if not torch.equal(rows.flatten(), every):
+            self.cache.select(rows.flatten())
         past = self.tokens.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape, length)
         self.tokens = torch.cat([past, words[:, :, None]], dim=2)
         self.totals = scores

@@ -70,7 +70,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None, rotation: Rotation | None, where: Tensor | None = None) -> Tensor:
         """``x`` [batch, length, width]; ``bias``, broadcast to [batch, heads, length, length], minus infinity where
-        attention must not go, or None; ``where`` as in `EncoderLayer`."""
+        attention must not go, or None; ``where`` as in `EncoderLayer.at`."""
         batch, length, _ = x.shape
         query, key, value = self.project(x, rotation)
         dropout = self.dropout if self.training else 0.0
@@ -104,9 +104,13 @@ class EncoderLayer(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(config.width)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x: Tensor, bias: Tensor | None, rotation: Rotation | None, where: Tensor | None = None) -> Tensor:
-        """[batch, length, width] -> the same, or only what stands ``where``, int64 [n] into the flattened batch ->
-        [n, width]: all positions are looked at from there, and the rest is not computed."""
+    def forward(self, x: Tensor, bias: Tensor | None, rotation: Rotation | None) -> Tensor:
+        """[batch, length, width] -> the same."""
+        return self.at(x, bias, rotation, None)
+
+    def at(self, x: Tensor, bias: Tensor | None, rotation: Rotation | None, where: Tensor | None) -> Tensor:
+        """What `forward` gives at some positions, int64 [n] into the flattened batch, from which all are looked at:
+        [n, width]. The rest is not computed."""
         if self.pre_norm:
             x = _at(x, where) + self.dropout(self.attention(self.attention_norm(x), bias, rotation, where))
             return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))

@@ -80,10 +80,11 @@ class Encoder(nn.Module):
         *inner, last = self.layers
         if not self.training or last._forward_hooks:
             return self(tokens, padded).flatten(0, 1).index_select(0, where)
+        assert isinstance(last, EncoderLayer)
         x, bias, rotation = self.embed(tokens, padded)
         for layer in inner:
             x = layer(x, bias, rotation)
-        normalized: Tensor = self.final_norm(last(x, bias, rotation, where))
+        normalized: Tensor = self.final_norm(last.at(x, bias, rotation, where))
         return normalized
 
 
