@@ -41,8 +41,9 @@ _SENTENCE_END = re.compile(r"[.!?…]['\"”’»)\]]*$")
 _WORD = re.compile(r"[^\W_]+")
 #: A training pair that begins like a held-out one is too much like it.
 _PREFIX = 60
-#: Batches are made of neighbours in length among so many batches' worth of shuffled pairs.
-_WINDOW = 100
+#: Batches are made of neighbours in length among so many batches' worth of shuffled pairs: 2.4 % of 4,096 positions are
+#: then padding on debian_en_it (among 100: 9.5 %).
+_WINDOW = 1000
 _PAIRS_AT_ONCE = 10_000
 _Sides = tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]
 
