@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from train_then_compress.data.prepare import BOS, EOS, MASK, PAD
+from train_then_compress.data.prepare import BOS, EOS, MASK, PAD, UNK
 from train_then_compress.evaluation.decoding import Decoding, beam_search, largest
 from train_then_compress.models.fairseq.modules import dictionary, transformer
 from train_then_compress.models.fairseq.weights import TRANSFORMER, state_dict
@@ -32,7 +32,7 @@ def as_fairseq(model: Translator) -> Any:
 
     def without_forbidden(output: Any, log_probs: bool, sample: Any = None) -> Tensor:
         probabilities: Tensor = probabilities_of(output, log_probs, sample)
-        probabilities[..., [BOS, MASK]] = FORBIDDEN
+        probabilities[..., [BOS]] = FORBIDDEN
         return probabilities
 
     reference.get_normalized_probs = without_forbidden
@@ -85,7 +85,7 @@ def test_greedy_takes_the_likeliest_token_each_time(translator: Make, sources: M
     with torch.inference_mode():
         while len(tokens) <= 12:
             logits = model(source, torch.tensor([tokens]), torch.tensor([len(tokens) - 1]))[0]
-            logits[[0, PAD, MASK] + ([EOS] if len(tokens) == 1 else [])] = -torch.inf
+            logits[[0, PAD] + ([EOS] if len(tokens) == 1 else [])] = -torch.inf
             tokens.append(int(logits.argmax()))
             if tokens[-1] == EOS:
                 break
@@ -93,10 +93,10 @@ def test_greedy_takes_the_likeliest_token_each_time(translator: Make, sources: M
 
 
 def test_a_wide_beam_finds_the_best_of_all_translations(translator: Make, sources: Make) -> None:
-    """Three ordinary words, up to three of them: a beam wider than all prefixes is exhaustive search."""
+    """Five words, up to three of them: a beam wider than all prefixes is exhaustive search."""
     vocabulary = MASK + 4
     model, source = translator(vocabulary=vocabulary), sources([4], vocabulary)
-    words = range(MASK + 1, vocabulary)
+    words = [UNK, *range(MASK, vocabulary)]
 
     def score(tokens: tuple[int, ...]) -> float:
         target = torch.tensor([[EOS, *tokens]])
@@ -104,7 +104,7 @@ def test_a_wide_beam_finds_the_best_of_all_translations(translator: Make, source
             logits = model(source, target, torch.arange(len(tokens) + 1)).log_softmax(dim=1)
         return float(logits.gather(1, torch.tensor([[*tokens, EOS]]).T).sum()) / (len(tokens) + 1)
 
-    everything = [tokens for n in range(1, 4) for tokens in itertools.product([*words, 3], repeat=n)]
+    everything = [tokens for n in range(1, 4) for tokens in itertools.product(words, repeat=n)]
     best = max(everything, key=score)
     (found,) = beam_search(model, source, Decoding(beam=100, max_ratio=0, max_extra=3))
     assert tuple(found[0].tokens) == best and found[0].score == pytest.approx(score(best), abs=1e-5)

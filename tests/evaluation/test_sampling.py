@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train_then_compress.data.prepare import EOS, MASK, PAD
+from train_then_compress.data.prepare import EOS, PAD
 from train_then_compress.evaluation.decoding import Decoding, Hypothesis, beam_search
 from train_then_compress.evaluation.sampling import Sampling, sample
 from train_then_compress.models.transformer import Translator
@@ -61,7 +61,7 @@ def test_first_tokens_are_as_frequent_as_they_are_likely(temperature: float, tra
     frequency = torch.bincount(torch.tensor([hypothesis.tokens[0] for hypothesis in found]), minlength=40) / draws
     with torch.inference_mode():
         logits = model(source, torch.tensor([[EOS]]), torch.tensor([0]))[0] / temperature
-        logits[[0, PAD, EOS, MASK]] = -torch.inf
+        logits[[0, PAD, EOS]] = -torch.inf
     likely = logits.softmax(dim=0)
     assert likely.max() < 0.9
     # Five standard deviations of the share of draws.

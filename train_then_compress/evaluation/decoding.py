@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from train_then_compress.data.prepare import BOS, EOS, MASK, PAD
+from train_then_compress.data.prepare import BOS, EOS, PAD
 from train_then_compress.models.transformer import Translator
 
 #: Never produced. `</s>` ends a translation and, as in fairseq, begins it.
-_FORBIDDEN = [BOS, PAD, MASK]
+_FORBIDDEN = [BOS, PAD]
 #: Scores that are looked at together in the search for the largest.
 _CHUNK = 64
 

@@ -9,21 +9,22 @@ import torch
 from torch import nn
 
 from train_then_compress.cost.engines import load
-from train_then_compress.data.prepare import BOS, EOS, MASK, PAD, SPECIAL_TOKENS
+from train_then_compress.data.prepare import BOS, EOS, PAD, SPECIAL_TOKENS
 from train_then_compress.export.point import ExportError, Point
 from train_then_compress.export.tokenizer import vocabulary
 from train_then_compress.models.transformer import CrossAttention, Stack, Translator
 
 #: What no translation has.
-_NEVER = [SPECIAL_TOKENS[token] for token in (BOS, PAD, MASK)]
+_NEVER = [SPECIAL_TOKENS[token] for token in (BOS, PAD)]
 
 
 def write(point: Point, directory: Path, quantization: str = "float32") -> None:
     """Write ``model.bin``, ``config.json``, ``shared_vocabulary.json`` and ``tokenizer.json``.
 
     ``ctranslate2.Translator`` takes each source as the tokens of ``tokenizer.json`` (``</s>`` is added) and never
-    produces <s>, <pad> or <mask>, as here. Compressed weights are unpacked. Raises `Unavailable` without the package
-    ``ctranslate2``, and `ExportError` for what is no translator or has layers of unequal shapes.
+    produces <s> or <pad>, as here; in the length that it divides scores by, </s> does not count. Compressed weights are
+    unpacked. Raises `Unavailable` without the package ``ctranslate2``, and `ExportError` for what is no translator or
+    has layers of unequal shapes.
     """
     model = point.model
     if not isinstance(model, Translator):

@@ -30,7 +30,7 @@ def quantize(source: Path, target: Path) -> None:
     model = standard.load(source)
     _untie(model.graph)
     with quiet():
-        quantization.quantize_dynamic(model, target, weight_type=quantization.QuantType.QInt8)
+        quantization.quantize_dynamic(model, target, weight_type=quantization.QuantType.QInt8, reduce_range=True)
 
 
 def _untie(graph: Any) -> None:
