@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -229,17 +229,6 @@ WIKITEXT: list[str | None] = [
     " More .\n", "", " = Two = \n", "", " Second .\n",
 ]  # fmt: skip
 ARTICLES = ["= One =\nFirst line .\n= not a heading =\n1 + 1 = 2\n= = Section = =\nMore .", "= Two =\nSecond ."]
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """No network, and a cache of the test's own."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub_cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    datasets.disable_progress_bars()
-    yield tmp_path / "dataset"
-    datasets.enable_progress_bars()
 
 
 def test_hub_wikitext_has_articles_and_splits_of_its_own(hub: Path, tmp_path: Path) -> None:

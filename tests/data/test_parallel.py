@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -84,43 +83,39 @@ ROWS = [{"en": f"boat {n}", "fr": f"bateau {n}"} for n in range(5)]
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A dataset like WMT14's in a folder; no network, and a cache of the test's own."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub_cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    datasets.disable_progress_bars()
-    folder = tmp_path / "dataset"
-    (folder / "fr-en").mkdir(parents=True)
+def translations(hub: Path) -> Path:
+    """A dataset like WMT14's in a folder."""
+    (hub / "fr-en").mkdir(parents=True)
     features = datasets.Features({"translation": datasets.Translation(languages=["en", "fr"])})
     for split, rows in (("train", ROWS), ("validation", ROWS[:2]), ("test", ROWS[2:])):
         table = datasets.Dataset.from_dict({"translation": rows}, features)
-        table.to_parquet(folder / f"fr-en/{split}-00000-of-00001.parquet")
+        table.to_parquet(hub / f"fr-en/{split}-00000-of-00001.parquet")
     files = [{"split": split, "path": f"fr-en/{split}-*"} for split in ("train", "validation", "test")]
     card = yaml.safe_dump({"configs": [{"config_name": "fr-en", "data_files": files}]})
-    (folder / "README.md").write_text(f"---\n{card}---\n")
-    yield folder
-    datasets.enable_progress_bars()
+    (hub / "README.md").write_text(f"---\n{card}---\n")
+    return hub
 
 
-def test_a_dataset_of_the_hub_is_read_in_either_direction(hub: Path, tmp_path: Path) -> None:
-    corpus = load_parallel(HubParallel(path=str(hub), licence="CC0"), tmp_path)
+def test_a_dataset_of_the_hub_is_read_in_either_direction(translations: Path, tmp_path: Path) -> None:
+    corpus = load_parallel(HubParallel(path=str(translations), licence="CC0"), tmp_path)
     assert read(corpus) == [Pair(row["en"], row["fr"], row["en"]) for row in ROWS]
     assert [len(read(corpus, split)) for split in ("valid", "test")] == [2, 3] and corpus.licence == "CC0"
     assert corpus.sources["splits"] == {"train": 5, "validation": 2, "test": 3}
     assert len(corpus.sources["files"]["fr-en/test-00000-of-00001.parquet"]) == 64
     assert str(tmp_path) not in json.dumps(corpus.sources)
-    other = load_parallel(HubParallel(path=str(hub), source="fr", target="en", splits=["train[:40%]"]), tmp_path)
+    other = load_parallel(
+        HubParallel(path=str(translations), source="fr", target="en", splits=["train[:40%]"]), tmp_path
+    )
     assert read(other) == [Pair(row["fr"], row["en"], row["fr"]) for row in ROWS[:2]] and set(other.pairs) == {"train"}
 
 
 def test_what_a_dataset_lacks_is_named(
-    hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    translations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = _refused(tmp_path, capsys, "data=wmt14_en_fr", f"data.path={hub}", "data.target=de")
+    said = _refused(tmp_path, capsys, "data=wmt14_en_fr", f"data.path={translations}", "data.target=de")
     assert "data.target=de: the dataset's languages are en, fr" in said
     with pytest.raises(ConfigError, match=r"data\.splits="):
-        load_parallel(HubParallel(path=str(hub), splits=["train", "dev"]), tmp_path)
+        load_parallel(HubParallel(path=str(translations), splits=["train", "dev"]), tmp_path)
     datasets.Dataset.from_dict({"en": ["a"], "fr": ["b"]}).to_parquet(tmp_path / "flat/train.parquet")
     with pytest.raises(ConfigError, match=r"data\.path=.*a column 'translation' of sentences .*; it has en, fr"):
         load_parallel(HubParallel(path=str(tmp_path / "flat"), subset=None, splits=["train"]), tmp_path)
@@ -128,7 +123,7 @@ def test_what_a_dataset_lacks_is_named(
         load_parallel(HubParallel(path="nobody/nothing", subset=None), tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(CorpusError, match=r"needs the package `datasets`.*data=parallel_files"):
-        load_parallel(HubParallel(path=str(hub)), tmp_path)
+        load_parallel(HubParallel(path=str(translations)), tmp_path)
 
 
 # debian_pairs, through stand-ins for apt.
