@@ -259,10 +259,10 @@ class PairBatch:
 
 def batch_of(split: PairSplit, numbers: np.ndarray) -> PairBatch:
     """These pairs, each side padded to its longest."""
-    longest = split.lengths[numbers].max(axis=0)
-    source, target, labels = (np.full((len(numbers), size), PAD, dtype=np.int64) for size in (*longest, longest[1]))
-    for row, number in enumerate(numbers):
-        one, other = split.sides(int(number))
+    pairs = [split.sides(int(number)) for number in numbers]
+    longest = [1 + max(map(len, side)) for side in zip(*pairs, strict=True)]
+    source, target, labels = (np.full((len(pairs), size), PAD, dtype=np.int64) for size in (*longest, longest[1]))
+    for row, (one, other) in enumerate(pairs):
         source[row, : len(one)], source[row, len(one)] = one, EOS
         target[row, 0], target[row, 1 : len(other) + 1] = EOS, other
         labels[row, : len(other)], labels[row, len(other)] = other, EOS
