@@ -22,10 +22,13 @@ def runs_of(study: Path) -> list[Path]:
     return sorted(path.parent for path in study.glob("*/config.yaml"))
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("dtype", "moments"), [("fp32", [("pretrain", 6), ("prune90", 7)]), ("bf16", [("pretrain", 70), ("prune99", 9)])]
+)
 def test_killed_at_several_moments_it_ends_in_the_same_weights(
-    tmp_path: Path, common: list[str], ttc: Command, assert_same_weights: Compare, kill_at: KillAt, dtype: str
-) -> None:
+    tmp_path: Path, common: list[str], ttc: Command, assert_same_weights: Compare, kill_at: KillAt, dtype: str,
+    moments: list[tuple[str, int]],
+) -> None:  # fmt: skip
     """SIGKILL in training and in recovery, with dropout; then the same command. So little is left by the pruning that
     there is something to recover."""
     arguments = [
@@ -33,7 +36,7 @@ def test_killed_at_several_moments_it_ends_in_the_same_weights(
         "budget.value=200", "optimizer.lr=1e-2", "model.dropout=0.1", f"runtime.dtype={dtype}",
     ]  # fmt: skip
     assert ttc(*arguments, "study=calm", cwd=tmp_path).returncode == 0
-    for stage, step in (("pretrain", 6), ("pretrain", 70), ("prune90", 7), ("prune99", 9)):
+    for stage, step in moments:
         kill_at(tmp_path, [*arguments, "study=killed"], stage, step)
     finished = ttc(*arguments, "study=killed", cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -21,8 +20,8 @@ from train_then_compress.data.examples import Labelled, LabelledBatch, LabelledB
 from train_then_compress.data.prepare import PAD
 from train_then_compress.evaluation.predictions import prediction_facts, prediction_sums
 from train_then_compress.models.early_exit import EarlyExitClassifier
-from train_then_compress.models.fairseq.modules import implemented
 from train_then_compress.models.roberta import Classifier
+from train_then_compress.tasks.base import ConfiguredTask
 from train_then_compress.training import parallel
 from train_then_compress.training.task import Counts, Quality
 
@@ -45,7 +44,7 @@ class Part:
         return torch.ones_like(self.labels)
 
 
-class ClassificationTask:
+class ClassificationTask(ConfiguredTask[Classifier]):
     """Batches, loss and evaluation of a classifier on a prepared labelled corpus. Quality is accuracy.
 
     ``seed`` orders the training batches.
@@ -55,14 +54,12 @@ class ClassificationTask:
 
     def __init__(self, config: Config, data: Labelled, seed: int):
         assert isinstance(config.data, LabelledConfig) and isinstance(config.task, TaskSettings)
-        self.config, self.data, self.vocab_size = config, data, data.vocab_size
-        self.device = torch.device(config.runtime.device)
+        super().__init__(config)
+        self.data, self.vocab_size = data, data.vocab_size
         self.length = config.data.sequence_length
         self._check_length()
         self._splits = {split: data.split(split) for split in ("train", "valid", "test")}
-        self.batch = self._batches(seed)
-        with torch.device("meta"):
-            self._flops = forward_flops(self.model_of(config))
+        self._start(seed)
 
     def _check_length(self) -> None:
         """A learned position table is as long as the sequences of pretraining."""
@@ -75,22 +72,10 @@ class ClassificationTask:
     def _batches(self, seed: int) -> LabelledBatches:
         return LabelledBatches(self._splits["train"], self.config.optimizer.batch_size, self.length, seed)
 
-    def with_seed(self, seed: int) -> Self:
-        """The same task with its training batches drawn from another seed."""
-        other = copy.copy(self)
-        other.batch = self._batches(seed)
-        return other
-
     @property
     def steps_per_epoch(self) -> float:
         """Optimizer steps in which every training example is seen once."""
         return len(self._splits["train"]) / self.config.optimizer.batch_size
-
-    def counting(self, model: nn.Module) -> Self:
-        """The same task with FLOPs counted for a model of other shape."""
-        other = copy.copy(self)
-        other._flops = forward_flops(model)
-        return other
 
     def flops_per_token(self, model: nn.Module, nonzero: bool = False) -> float:
         """Forward FLOPs per token of full sequences."""
@@ -102,11 +87,6 @@ class ClassificationTask:
         assert isinstance(config.model, RobertaConfig) and isinstance(config.task, TaskSettings)
         shape = dataclasses.replace(config.model, dropout=config.task.dropout)
         return Classifier(shape, self.vocab_size, config.longest or self.length, len(self.data.labels))
-
-    def new_model(self) -> Classifier:
-        """A model initialized from the config's seed; the encoder's place is for pretrained weights."""
-        torch.manual_seed(self.config.seed)
-        return implemented(self.model_of(self.config), self.config.model.impl).to(self.device)
 
     def load_origin(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         """Put the encoder of a masked LM's weights into a classifier."""

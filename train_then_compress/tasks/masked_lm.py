@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,8 +17,8 @@ from train_then_compress.cost.flops import EVALUATION_MASK_RATE, forward_flops
 from train_then_compress.data.masked import MaskedBatch, Sequences, TrainingBatches, evaluation_batch
 from train_then_compress.data.prepare import PAD, Prepared
 from train_then_compress.evaluation.predictions import IGNORED, fill_up, perplexity, prediction_facts, prediction_sums
-from train_then_compress.models.fairseq.modules import implemented
 from train_then_compress.models.roberta import MaskedLM
+from train_then_compress.tasks.base import ConfiguredTask
 from train_then_compress.training import parallel
 from train_then_compress.training.task import Counts, Quality
 
@@ -43,7 +42,7 @@ class Part:
         return torch.bincount(self.where[: self.terms] // self.tokens.shape[1], minlength=len(self.tokens))
 
 
-class MaskedLMTask:
+class MaskedLMTask(ConfiguredTask[MaskedLM]):
     """Batches, loss and evaluation of a masked LM on a prepared corpus.
 
     Quality is masked-token accuracy (the value recovery looks at); loss and perplexity are among its facts.
@@ -54,29 +53,15 @@ class MaskedLMTask:
 
     def __init__(self, config: Config, prepared: Prepared, seed: int):
         assert isinstance(config.data, CorpusConfig) and isinstance(config.task, TaskSettings)
-        self.config, self.vocab_size, self.mask_rate = config, prepared.vocab_size, config.task.mask_rate
-        self.device = torch.device(config.runtime.device)
+        super().__init__(config)
+        self.vocab_size, self.mask_rate = prepared.vocab_size, config.task.mask_rate
         self.length = length = config.data.sequence_length
         self._training = Sequences(prepared, "train", length, config.data.fraction)
-        self.batch = self._batches(seed)
         self._splits = {split: Sequences(prepared, split, length) for split in ("valid", "test")}
-        with torch.device("meta"):
-            self._flops = forward_flops(self.model_of(config))
+        self._start(seed)
 
     def _batches(self, seed: int) -> TrainingBatches:
         return TrainingBatches(self._training, self.config.optimizer.batch_size, self.mask_rate, seed)
-
-    def with_seed(self, seed: int) -> Self:
-        """The same task with its training batches drawn from another seed."""
-        other = copy.copy(self)
-        other.batch = self._batches(seed)
-        return other
-
-    def counting(self, model: nn.Module) -> Self:
-        """The same task with FLOPs counted for a model of other shape."""
-        other = copy.copy(self)
-        other._flops = forward_flops(model)
-        return other
 
     def flops_per_token(self, model: nn.Module, nonzero: bool = False) -> float:
         """Forward FLOPs per token of full sequences of which 15 % are predicted, as in evaluation."""
@@ -87,15 +72,6 @@ class MaskedLMTask:
         """A masked LM of some run's shape, for the sequences of this task."""
         assert isinstance(config.model, RobertaConfig)
         return MaskedLM(config.model, self.vocab_size, config.longest or self.length)
-
-    def new_model(self) -> MaskedLM:
-        """A model initialized from the config's seed."""
-        torch.manual_seed(self.config.seed)
-        return implemented(self.model_of(self.config), self.config.model.impl).to(self.device)
-
-    def load_origin(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        """Put the weights of another masked LM into the model."""
-        model.load_state_dict(dict(weights))
 
     def counts(self, batch: MaskedBatch) -> Counts:
         """Training FLOPs over all positions, padding included; tokens without padding."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -22,8 +22,8 @@ from train_then_compress.evaluation.bleu import score
 from train_then_compress.evaluation.decoding import Decoding
 from train_then_compress.evaluation.predictions import fill_up, perplexity, prediction_facts, prediction_sums
 from train_then_compress.evaluation.translation import translate
-from train_then_compress.models.fairseq.modules import implemented
 from train_then_compress.models.transformer import Translator
+from train_then_compress.tasks.base import ConfiguredTask
 from train_then_compress.training import parallel
 from train_then_compress.training.smoothing import smoothed_cross_entropy
 from train_then_compress.training.task import Counts, Quality
@@ -57,7 +57,7 @@ class Part:
         return torch.bincount(self.where[: self.terms] // self.target.shape[1], minlength=len(self.target))
 
 
-class TranslationTask:
+class TranslationTask(ConfiguredTask[Translator]):
     """Batches, loss and evaluation of a translator on a prepared parallel corpus.
 
     Quality is sacreBLEU's BLEU; loss (nats per target token, not smoothed, ``</s>`` counted), perplexity and chrF are
@@ -69,15 +69,13 @@ class TranslationTask:
 
     def __init__(self, config: Config, pairs: Pairs, seed: int):
         assert isinstance(config.task, TaskSettings)
-        self.config, self.pairs, self.vocab_size = config, pairs, pairs.vocab_size
-        self.device = torch.device(config.runtime.device)
+        super().__init__(config)
+        self.pairs, self.vocab_size = pairs, pairs.vocab_size
         self.tokenizer = Tokenizer.from_file(str(pairs.tokenizer))
         self.smoothing = config.task.label_smoothing
         self._splits = {split: pairs.split(split) for split in SPLITS}
         self._check_lengths()
-        self.batch = self._batches(seed)
-        with torch.device("meta"):
-            self._flops = forward_flops(self.model_of(config))
+        self._start(seed)
 
     def _check_lengths(self) -> None:
         assert isinstance(self.config.model, TransformerConfig)
@@ -90,22 +88,10 @@ class TranslationTask:
     def _batches(self, seed: int) -> PairBatches:
         return PairBatches(self._splits["train"], self.config.optimizer.batch_tokens, seed)
 
-    def with_seed(self, seed: int) -> Self:
-        """The same task with its training batches drawn from another seed."""
-        other = copy.copy(self)
-        other.batch = self._batches(seed)
-        return other
-
     def with_training(self, training: PairSplit) -> Self:
         """The same task with other training pairs, once it is given a seed."""
         other = copy.copy(self)
         other._splits = self._splits | {"train": training}
-        return other
-
-    def counting(self, model: nn.Module) -> Self:
-        """The same task with FLOPs counted for a model of other shape."""
-        other = copy.copy(self)
-        other._flops = forward_flops(model)
         return other
 
     def flops_per_token(self, model: nn.Module, nonzero: bool = False) -> float:
@@ -117,15 +103,6 @@ class TranslationTask:
         """A translator of some run's shape, for the tokens of this task."""
         assert isinstance(config.model, TransformerConfig)
         return Translator(config.model, self.vocab_size, config.model.length)
-
-    def new_model(self) -> Translator:
-        """A model initialized from the config's seed."""
-        torch.manual_seed(self.config.seed)
-        return implemented(self.model_of(self.config), self.config.model.impl).to(self.device)
-
-    def load_origin(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        """Put the weights of another translator into the model."""
-        model.load_state_dict(dict(weights))
 
     def counts(self, batch: PairBatch) -> Counts:
         """Training FLOPs over all positions, padding included; tokens of both sides without padding."""
