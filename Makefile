@@ -16,9 +16,9 @@ demo: $(INSTALLED)
 	$(BIN)/ttc table demo
 	$(BIN)/ttc figures demo
 
-# One process per core; the tests of a file share fixtures, and so a process.
+# One process per core; the tests of a file share fixtures, and so a process. The order of files is that of tests/conftest.py.
 test: lint
-	$(BIN)/python -m pytest -n logical --dist loadfile
+	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

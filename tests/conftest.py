@@ -35,6 +35,12 @@ settings.load_profile("tests")
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # tests of exports import ONNX Runtime themselves
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files of whole commands, which are the slowest, go first: no process is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+
+
 _PLACES = ["harbour", "orchard", "workshop", "library", "mountain", "kitchen"]
 _THINGS = [
     ["boat", "net", "anchor", "rope", "lantern"],
