@@ -1,4 +1,4 @@
-"""Growth: what a training step costs against depth, width, length and batch, beside what the FLOP count expects.
+"""Growth: what a training step costs against depth, width, length, batch and processes, beside what FLOPs expect.
 
 python benchmarks/growth.py --json growth.json
 """
@@ -6,11 +6,15 @@ python benchmarks/growth.py --json growth.json
 from __future__ import annotations
 
 import argparse
+import json
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from common import record as common
 from common.record import Record
 from parties.loops import trainer_of
@@ -19,6 +23,7 @@ from train_then_compress.config import Config
 from train_then_compress.cost import machine
 from train_then_compress.data.prepare import Prepared, prepare
 from train_then_compress.tasks.masked_lm import MaskedLMTask
+from train_then_compress.training import parallel
 
 CONVENTIONS = {
     "seconds": "of one training step of the masked LM by its budget clock, median (quartiles) over all rounds, in "
@@ -26,14 +31,15 @@ CONVENTIONS = {
     "exponent": "slope of the logarithm of the cost against that of what grows, least squares over the points",
     "expected": "the same slope of the FLOPs of cost/flops.py: what a machine would show that multiplies matrices of "
     "every size at one speed and does nothing else",
+    "processes": "share the batch and the threads",
 }
 #: What grows from the base model, and how far.
-BASE = {"depth": 4, "width": 256, "length": 128, "batch": 16}
+BASE = {"depth": 4, "width": 256, "length": 128, "batch": 16, "processes": 1}
 GROWTH = {
     "depth": [1, 2, 4, 8, 16], "width": [64, 128, 256, 512], "length": [64, 128, 256, 512, 1024],
-    "batch": [2, 4, 8, 16, 32],
+    "batch": [2, 4, 8, 16, 32], "processes": [1, 2],
 }  # fmt: skip
-_QUICK = {"depth": [1, 2], "width": [16, 32], "length": [16, 32], "batch": [2, 4]}
+_QUICK = {"depth": [1, 2], "width": [16, 32], "length": [16, 32], "batch": [2, 4], "processes": [1, 2]}
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -53,10 +59,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def config_of(arguments: argparse.Namespace, point: dict[str, int]) -> Config:
     """The config of a point."""
     corpus = {"name": "text_files", "train": arguments.text} if arguments.text else {"name": "sotu_wiki"}
+    processes = point["processes"]
     return Config.build({
         "model": {"depth": point["depth"], "width": point["width"], "head_size": min(64, point["width"])},
         "data": corpus | {"sequence_length": point["length"]}, "optimizer": {"batch_size": point["batch"]},
-        "runtime": {"device": arguments.device, "dtype": arguments.dtype, "threads": arguments.threads},
+        "runtime": {"device": arguments.device, "dtype": arguments.dtype, "processes": processes,
+                    "threads": max(1, arguments.threads // processes)},
         "budget": {"kind": "steps", "value": 1_000_000_000},
     })  # fmt: skip
 
@@ -70,7 +78,8 @@ def measure(arguments: argparse.Namespace, calibration: dict[str, float]) -> Rec
     taken: dict[Any, list[tuple[float, float]]] = {point: [] for point in configs}
     for _ in range(arguments.rounds):
         for point, config in configs.items():
-            taken[point] += _turn(config, prepared, arguments.turn_seconds)
+            take = _turn if config.runtime.processes == 1 else _turn_together
+            taken[point] += take(config, prepared, arguments.turn_seconds)
     lines = {}
     for grown, values in arguments.growth.items():
         rows = []
@@ -91,11 +100,30 @@ def _turn(config: Config, prepared: Prepared, seconds: float) -> list[tuple[floa
     trainer, steps = trainer_of(task.new_model(), task, config), []
     trainer.warm_up()
     start = time.perf_counter()
-    while not steps or time.perf_counter() - start < seconds:
+    while not steps or parallel.largest_over_ranks([time.perf_counter() - start])[0] < seconds:
         before = trainer.clock
         trainer.step()
         steps.append((trainer.clock.seconds - before.seconds, trainer.clock.flops - before.flops))
     return steps
+
+
+def _turn_together(config: Config, prepared: Prepared, seconds: float) -> list[tuple[float, float]]:
+    """The same in several processes."""
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory)
+        arguments = (config, prepared, seconds, place)
+        torch.multiprocessing.spawn(_be_rank, arguments, config.runtime.processes)  # type: ignore[no-untyped-call]
+        return [tuple(step) for step in json.loads((place / "steps.json").read_text())]
+
+
+def _be_rank(rank: int, config: Config, prepared: Prepared, seconds: float, place: Path) -> None:
+    torch.set_num_threads(config.runtime.threads)
+    meet = f"file://{place / 'meet'}"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=config.runtime.processes)
+    steps = _turn(config, prepared, seconds)
+    if rank == 0:
+        (place / "steps.json").write_text(json.dumps(steps))
+    dist.destroy_process_group()
 
 
 def table(record: Record) -> str:

@@ -22,9 +22,10 @@ def test_every_line_has_its_points_and_exponents(
     lines = record["growth_of"]
     assert {grown: [point[grown] for point in line["points"]] for grown, line in lines.items()} == {
         "depth": [1, 2], "width": [16, 32], "length": [16, 32], "batch": [2, 4],
+        "processes": [1, 2],
     }  # fmt: skip
     # Twice the sequences cost twice the FLOPs, twice the width between twice and four times.
     assert lines["batch"]["expected"] == pytest.approx(1, abs=0.1) and 1 < lines["width"]["expected"] < 2
-    assert 0 < lines["depth"]["expected"] < 1
+    assert 0 < lines["depth"]["expected"] < 1 and lines["processes"]["expected"] == pytest.approx(0, abs=0.01)
     assert all(point["seconds"]["median"] > 0 for line in lines.values() for point in line["points"])
     assert "| width | " in capsys.readouterr().out
