@@ -1,7 +1,7 @@
-"""Translation: our beam search beside fairseq's SequenceGenerator with the same weights; speculative decoding.
+"""Translation: our beam search beside fairseq's, transformers' and CTranslate2's, the same weights; drafted decoding.
 
-Both decode the same batches of the same sentences and take turns (ours, fairseq, fairseq, ours, ...), so that a machine
-that slows down slows both. Sentences are those of a run's test set, or random ones for a model of random weights.
+All decode the same batches of the same sentences and take turns, so that a machine that slows down slows all.
+Sentences are those of a run's test set, or random ones for a model of random weights.
 
     python benchmarks/decoding.py --point runs/mt_demo/RUN --draft runs/mt_demo/SMALLER --json decoding.json
 """
@@ -9,7 +9,6 @@ that slows down slows both. Sentences are those of a run's test set, or random o
 from __future__ import annotations
 
 import argparse
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,39 +20,40 @@ import numpy as np
 import torch
 from common import record as common
 from common.record import Record
+from parties.decoders import FAIRSEQ, OURS, Decoder, decoders, fairseq_generator, ours, sample
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from train_then_compress.config import ConfigError, ParallelConfig, TransformerConfig
 from train_then_compress.data.pairs import prepare_pairs
-from train_then_compress.data.prepare import EOS, MASK, PAD, SPECIAL_TOKENS
+from train_then_compress.data.prepare import EOS, MASK, PAD
+from train_then_compress.evaluation.bleu import score
 from train_then_compress.evaluation.decoding import Decoding, beam_search
 from train_then_compress.evaluation.speculative import Speculative
-from train_then_compress.evaluation.translation import encode
+from train_then_compress.evaluation.translation import detokenize, encode
 from train_then_compress.export.point import ExportError, Point, find_translator
 from train_then_compress.models.cache import Cache, Memory
-from train_then_compress.models.fairseq.modules import dictionary, transformer
-from train_then_compress.models.fairseq.weights import TRANSFORMER, state_dict
 from train_then_compress.models.transformer import Translator
 
-OURS, FAIRSEQ = "train_then_compress", "fairseq"
 CONVENTIONS = {
     "seconds": "from tokens of the sources to tokens and scores of all hypotheses; tokenization, sorting and padding "
     "left out",
     "tokens": "of the best hypothesis of each sentence, </s> included",
-    "batches": "neighbours in length; the same ones for both",
+    "batches": "neighbours in length; the same ones for all",
     "limits": "a translation ends after --longest tokens (fairseq's max_len_b), length penalty 1; <s> and <mask> are "
-    "never said",
+    "never said (in CTranslate2: <s> and <pad>)",
     "fairseq": "TransformerModel, made ready as fairseq-generate does it (make_generation_fast_), under inference mode",
-    "agreement": "of all hypotheses of all sentences, in the order of their scores",
+    "transformers": "M2M100ForConditionalGeneration.generate, early_stopping=True, under inference mode",
+    "CTranslate2": "the point's export, --threads intra_threads; num_hypotheses as wide as the beam, else it stops at "
+    "the first that ends",
+    "agreement": "with ours, of the best hypothesis of each sentence; with fairseq of all, in the order of scores",
+    "bleu": "sacreBLEU of the best hypotheses of these sentences",
     "length": "seconds per token of a translation when </s> is ruled out until so many tokens are said; the "
     "exponent is fitted: seconds per token ~ tokens ** exponent; 0 is flat",
-    "ratio": "of sentences per second, ours / fairseq, within a round",
+    "ratio": "of sentences per second, ours / it, within a round",
     "acceptance": "accepted / drafted tokens, those after a drafted </s> left out",
     "spread": "quartiles (25 %, 75 %) over rounds",
 }
-#: What decodes a batch: sources to the tokens and scores of each one's hypotheses.
-Decoder = Callable[[Tensor], list[list[tuple[list[int], float]]]]
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -78,8 +78,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def model_and_sources(arguments: argparse.Namespace) -> tuple[Translator, list[list[int]], str]:
-    """What decodes what, and what that is called."""
+@dataclass(frozen=True)
+class Work:
+    """What decodes what: ``sources`` without </s>, their ``references`` where the sentences are real, and a name."""
+
+    model: Translator
+    point: Point | None
+    sources: list[list[int]]
+    references: list[str]
+    name: str
+
+
+def work_of(arguments: argparse.Namespace) -> Work:
+    """A point on its test sentences, or random weights on random tokens."""
     if arguments.point is None:
         torch.manual_seed(0)
         shape = TransformerConfig(depth=arguments.depth, width=arguments.width, head_size=arguments.head_size)
@@ -87,12 +98,13 @@ def model_and_sources(arguments: argparse.Namespace) -> tuple[Translator, list[l
         numbers = np.random.default_rng(0)
         sources = [numbers.integers(MASK + 1, arguments.vocab_size, length).tolist()
                    for length in numbers.integers(5, 50, arguments.sentences)]  # fmt: skip
-        return model.eval(), sources, "random tokens, random weights"
+        return Work(model.eval(), None, sources, [], "random tokens, random weights")
     point, model = _opened(arguments.point)
     assert isinstance(point.config.data, ParallelConfig)
-    lines = prepare_pairs(point.config.data, Path(arguments.cache)).texts("test")[0][: arguments.sentences]
+    texts = prepare_pairs(point.config.data, Path(arguments.cache)).texts("test")
+    lines, references = (side[: arguments.sentences] for side in texts)
     sources = encode(Tokenizer.from_file(str(point.tokenizer)), lines, model.length)
-    return model, sources, f"{point.name} on test sentences of {point.config.data.name}"
+    return Work(model, point, sources, references, f"{point.name} on test sentences of {point.config.data.name}")
 
 
 def _opened(text: str) -> tuple[Point, Translator]:
@@ -102,49 +114,12 @@ def _opened(text: str) -> tuple[Point, Translator]:
         raise ConfigError(str(error)) from None
 
 
-def fairseq_generator(model: Translator, **settings: Any) -> Any:
-    """fairseq's, for its TransformerModel with the same weights."""
-    logging.getLogger("fairseq").setLevel(logging.WARNING)
-    from fairseq.sequence_generator import SequenceGenerator
-
-    vocab_size = model.embedding.weight.shape[0]
-    theirs: Any = transformer(model.config, vocab_size, model.length)
-    theirs.load_state_dict(state_dict(dict(model.named_parameters()), TRANSFORMER), strict=False)
-    theirs.eval().make_generation_fast_()
-    never = (SPECIAL_TOKENS[0], SPECIAL_TOKENS[MASK])
-    return SequenceGenerator([theirs], dictionary(vocab_size), tokens_to_suppress=never, **settings)
-
-
-def ours(model: Translator, decoding: Decoding) -> Decoder:
-    """Our beam search."""
-
-    def decode(source: Tensor) -> list[list[tuple[list[int], float]]]:
-        return [[(h.tokens, h.score) for h in found] for found in beam_search(model, source, decoding)]
-
-    return decode
-
-
-def theirs(model: Translator, decoding: Decoding) -> Decoder:
-    """fairseq's."""
-    generator = fairseq_generator(model, beam_size=decoding.beam, max_len_b=decoding.max_extra)
-
-    def decode(source: Tensor) -> list[list[tuple[list[int], float]]]:
-        with torch.inference_mode():
-            found = generator.generate([], _sample(source))
-        return [[(h["tokens"].tolist()[:-1], float(h["score"])) for h in hypotheses] for hypotheses in found]
-
-    return decode
-
-
-def _sample(source: Tensor) -> dict[str, dict[str, Tensor]]:
-    return {"net_input": {"src_tokens": source, "src_lengths": (source != PAD).sum(dim=1)}}
-
-
-def batches_of(sources: list[list[int]], size: int) -> list[Tensor]:
-    """Neighbours in length, padded at the end."""
-    order = sorted(sources, key=len, reverse=True)
-    groups = [order[start : start + size] for start in range(0, len(order), size)]
-    return [torch.tensor([[*row, EOS, *[PAD] * (len(group[0]) - len(row))] for row in group]) for group in groups]
+def batches_of(sources: list[list[int]], size: int) -> tuple[list[Tensor], list[int]]:
+    """Neighbours in length, padded at the end, and the place of each of their rows among the sources."""
+    order = sorted(range(len(sources)), key=lambda number: -len(sources[number]))
+    groups = [[sources[number] for number in order[start : start + size]] for start in range(0, len(order), size)]
+    return [torch.tensor([[*row, EOS, *[PAD] * (len(group[0]) - len(row))] for row in group])
+            for group in groups], order  # fmt: skip
 
 
 @dataclass
@@ -180,20 +155,32 @@ def take_turns(parties: Sequence[Party], rounds: int) -> None:
             party.take_turn()
 
 
-def beside_fairseq(model: Translator, batches: list[Tensor], beam: int, arguments: argparse.Namespace) -> Record:
-    """Speed of both, and whether they find the same."""
-    decoding = Decoding(beam=beam, max_ratio=0, max_extra=min(arguments.longest, model.length - 1))
-    decoders = {OURS: ours(model, decoding), FAIRSEQ: theirs(model, decoding)}
-    parties = [Party(name, partial(_decode_all, decode, batches)) for name, decode in decoders.items()]
+def beside_peers(work: Work, size: int, beam: int, arguments: argparse.Namespace) -> Record:
+    """Speed of all, and whether they find what ours finds."""
+    sources = work.sources[: arguments.singly] if size == 1 else work.sources
+    batches, order = batches_of(sources, size)
+    longest = min(arguments.longest, work.model.length - 1)
+    made, left_out = decoders(work.model, work.point, Decoding(beam, max_ratio=0, max_extra=longest), arguments.threads)
+    parties = [Party(name, partial(_decode_all, decode, batches)) for name, decode in made.items()]
     take_turns(parties, arguments.rounds)
-    sentences = sum(map(len, batches))
-    found = [[hypotheses for batch in batches for hypotheses in decode(batch)] for decode in decoders.values()]
-    ratios = [b / a for a, b in zip(*(party.seconds for party in parties), strict=True)]
-    return {
-        "beam": beam, "batch_size": len(batches[0]), "sentences": sentences,
-        "parties": {party.name: party.facts(sentences) for party in parties},
-        "ratio": {"by_round": ratios, **common.quartiles(ratios)}, "agreement": agreement(*found),
-    }  # fmt: skip
+    found = {name: [hypotheses for batch in batches for hypotheses in decode(batch)] for name, decode in made.items()}
+    facts = {party.name: party.facts(len(sources)) for party in parties}
+    for party in parties:
+        ratios = [b / a for a, b in zip(parties[0].seconds, party.seconds, strict=True)]
+        known = found[OURS], found[party.name]
+        if party.name not in (OURS, FAIRSEQ):
+            known = tuple([hypotheses[:1] for hypotheses in one] for one in known)  # type: ignore[assignment]
+        facts[party.name] |= {"ratio": {"by_round": ratios, **common.quartiles(ratios)}, "agreement": agreement(*known)}
+        if work.references:
+            facts[party.name]["bleu"] = _bleu(work, order, found[party.name])
+    return {"beam": beam, "batch_size": size, "sentences": len(sources), "parties": facts, "left_out": left_out}
+
+
+def _bleu(work: Work, order: list[int], found: list[list[tuple[list[int], float]]]) -> float:
+    assert work.point is not None
+    tokenizer = Tokenizer.from_file(str(work.point.tokenizer))
+    lines = [detokenize(tokenizer, hypotheses[0][0]) for hypotheses in found]
+    return float(score(lines, [work.references[number] for number in order])["bleu"])
 
 
 def _decode_all(decode: Decoder, batches: list[Tensor]) -> int:
@@ -226,17 +213,18 @@ class Endless:
 
 
 def by_length(model: Translator, source: Tensor, arguments: argparse.Namespace, beam: int) -> Record:
-    """Seconds per token of both when a batch's translations have so many tokens, and the fitted exponents."""
+    """Ours and fairseq's seconds per token when translations have so many tokens, and the fitted exponents."""
     lengths = [length for length in arguments.lengths if length < model.length]
-    seconds: dict[str, list[float]] = {OURS: [], FAIRSEQ: []}
+    seconds: dict[str, list[float]] = {}
     for length in lengths:
         decoding = Decoding(beam=beam, max_ratio=0, max_extra=length)
-        generator = fairseq_generator(model, beam_size=beam, max_len_b=length, min_len=length)
-        parties = [Party(OURS, partial(_endless, model, source, decoding)),
-                   Party(FAIRSEQ, partial(_generate, generator, source))]  # fmt: skip
+        parties = [Party(OURS, partial(_endless, model, source, decoding))]
+        if model.config.positions != "rotary":
+            generator = fairseq_generator(model, beam_size=beam, max_len_b=length, min_len=length)
+            parties.append(Party(FAIRSEQ, partial(_generate, generator, source)))
         take_turns(parties, arguments.rounds)
         for party in parties:
-            seconds[party.name].append(float(np.median(party.seconds)) / (length + 1))
+            seconds.setdefault(party.name, []).append(float(np.median(party.seconds)) / (length + 1))
     return {
         "beam": beam, "batch_size": len(source), "lengths": lengths,
         "parties": {name: {"seconds_per_token": values, "exponent": common.exponent(lengths, values)}
@@ -251,7 +239,7 @@ def _endless(model: Translator, source: Tensor, decoding: Decoding) -> int:
 
 def _generate(generator: Any, source: Tensor) -> int:
     with torch.inference_mode():
-        generator.generate([], _sample(source))
+        generator.generate([], sample(source))
     return 0
 
 
@@ -283,14 +271,16 @@ def _pairs(decoder: Speculative) -> Decoder:
 
 def measure(arguments: argparse.Namespace, calibration: dict[str, float]) -> Record:
     """Beams and batch sizes, then lengths, then drafts."""
-    model, sources, name = model_and_sources(arguments)
-    single, many = batches_of(sources[: arguments.singly], 1), batches_of(sources, arguments.batch_size)
+    work = work_of(arguments)
+    model = work.model
+    single, many = (batches_of(work.sources[:count], size)[0]
+                    for count, size in ((arguments.singly, 1), (None, arguments.batch_size)))  # fmt: skip
     measured: Record = {
-        "sources": name, "model": {"depth": model.config.depth, "width": model.config.width, "length": model.length,
-                                   "vocab_size": model.embedding.weight.shape[0],
-                                   "parameters": sum(p.numel() for p in model.parameters())},
-        "beside_fairseq": [beside_fairseq(model, batches, beam, arguments)
-                           for beam in arguments.beams for batches in (single, many)],
+        "sources": work.name, "model": {"depth": model.config.depth, "width": model.config.width,
+                                        "length": model.length, "vocab_size": model.embedding.weight.shape[0],
+                                        "parameters": sum(p.numel() for p in model.parameters())},
+        "beside_peers": [beside_peers(work, size, beam, arguments)
+                         for beam in arguments.beams for size in (1, arguments.batch_size)],
         "by_length": [by_length(model, batch[:8], arguments, max(arguments.beams)) for batch in (single[0], many[0])],
     }  # fmt: skip
     if arguments.draft:
@@ -301,18 +291,18 @@ def measure(arguments: argparse.Namespace, calibration: dict[str, float]) -> Rec
 def table(record: Record) -> str:
     """Speeds, growth with length, and drafts."""
     rows = []
-    for measured in record["beside_fairseq"]:
+    for measured in record["beside_peers"]:
         for name, facts in measured["parties"].items():
-            same = measured["agreement"]
+            same = facts["agreement"]
             rows.append([
                 str(measured["beam"]), str(measured["batch_size"]), name,
                 *(common.spread(facts[f"{unit}_per_second"], ",.1f") for unit in ("sentences", "tokens")),
-                common.spread(measured["ratio"], ".2f") if name == FAIRSEQ else "",
-                f"{same['sentences']} of {same['of']}, scores within {same['largest_score_difference']:.0e}"
-                if name == FAIRSEQ else "",
+                common.spread(facts["ratio"], ".2f") if name != OURS else "",
+                f"{same['sentences']} of {same['of']}" if name != OURS else "",
+                f"{facts['bleu']:.2f}" if "bleu" in facts else "",
             ])  # fmt: skip
     speeds = common.markdown(["beam", "batch", "party", "sentences/s, median (quartiles)", "tokens/s", "ours / it",
-                              "same hypotheses"], rows)  # fmt: skip
+                              "same hypotheses", "BLEU"], rows)  # fmt: skip
     rows = [[str(measured["batch_size"]), name, *(f"{1e3 * value:.2f}" for value in facts["seconds_per_token"]),
              f"{facts['exponent']:.2f}"]
             for measured in record["by_length"] for name, facts in measured["parties"].items()]  # fmt: skip
@@ -322,7 +312,9 @@ def table(record: Record) -> str:
     about = (f"{model['depth']}x{model['width']} layers, vocabulary {model['vocab_size']:,}, "
              f"{model['parameters']:,} parameters; {record['sources']}; "
              f"{record['settings']['rounds']} rounds")  # fmt: skip
-    return "\n\n".join([speeds, growth, *([_drafts(record)] if "speculative" in record else []), about])
+    left_out = "; ".join(f"{name} is left out: {why}" for name, why in record["beside_peers"][0]["left_out"].items())
+    parts = [speeds, growth, _drafts(record) if "speculative" in record else "", about, left_out]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _drafts(record: Record) -> str:

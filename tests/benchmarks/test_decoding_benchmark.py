@@ -1,4 +1,4 @@
-"""The decoding benchmark at its smallest: both find the same, and what it measures is written down."""
+"""The decoding benchmark at its smallest: all find the same, and what it measures is written down."""
 
 from __future__ import annotations
 
@@ -32,21 +32,26 @@ def sinusoidal_run(translator_run: Path, tmp_path_factory: pytest.TempPathFactor
     return run
 
 
-def test_both_find_the_same_and_speeds_are_recorded(
+def test_all_find_the_same_and_speeds_are_recorded(
     benchmark: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     record = benchmark.main([*QUICK, "--json", str(tmp_path / "out.json")])
-    assert [(one["beam"], one["batch_size"]) for one in record["beside_fairseq"]] == [(1, 1), (1, 2), (5, 1), (5, 2)]
-    for measured in record["beside_fairseq"]:
-        same = measured["agreement"]
-        assert same["sentences"] == same["of"] == measured["sentences"] and same["largest_score_difference"] < 1e-4
-        ours, theirs = (facts["sentences_per_second"]["median"] for facts in measured["parties"].values())
-        assert measured["ratio"]["median"] == pytest.approx(ours / theirs)
+    assert [(one["beam"], one["batch_size"]) for one in record["beside_peers"]] == [(1, 1), (1, 2), (5, 1), (5, 2)]
+    for measured in record["beside_peers"]:
+        ours, theirs, generate = measured["parties"].values()
+        assert list(measured["parties"]) == ["train_then_compress", "fairseq", "transformers"]
+        assert list(measured["left_out"]) == ["CTranslate2 float32", "CTranslate2 int8"]
+        for party in (theirs, generate):
+            assert party["agreement"]["sentences"] == party["agreement"]["of"] == measured["sentences"]
+        assert theirs["agreement"]["largest_score_difference"] < 1e-4
+        speeds = [party["sentences_per_second"]["median"] for party in (ours, theirs)]
+        assert theirs["ratio"]["median"] == pytest.approx(speeds[0] / speeds[1])
     for measured in record["by_length"]:
         assert measured["lengths"] == [4, 8]
         assert all(len(facts["seconds_per_token"]) == 2 for facts in measured["parties"].values())
     printed = capsys.readouterr().out
-    assert "| beam | batch | party |" in printed and "2 of 2, scores within" in printed
+    assert "| beam | batch | party |" in printed and "| 2 of 2 |" in printed
+    assert "CTranslate2 int8 is left out: it takes trained models: --point" in printed
     assert (tmp_path / "out.json").is_file() and (tmp_path / "out.md").read_text() in printed
 
 
@@ -57,6 +62,11 @@ def test_a_draft_is_measured_beside_plain_greedy_decoding(
     record = benchmark.main([*QUICK, *options])
     assert record["sources"] == "run:none on test sentences of parallel_files"
     assert "--point" not in record["command"] and str(sinusoidal_run) not in str(record)
+    for measured in record["beside_peers"]:
+        assert len(measured["parties"]) == 5 and not measured["left_out"]
+        exact = [name for name in measured["parties"] if "int8" not in name]
+        assert all(measured["parties"][name]["agreement"]["sentences"] == measured["sentences"] for name in exact)
+        assert len({measured["parties"][name]["bleu"] for name in exact}) == 1
     for measured in record["speculative"]:
         plain, drafted = measured["parties"].values()
         assert drafted["agreement"]["sentences"] == drafted["agreement"]["of"] == measured["sentences"]
@@ -69,12 +79,18 @@ def test_the_exponent_of_a_power_law(benchmark: ModuleType) -> None:
     assert benchmark.common.exponent(lengths, [2e-3 * length**0.7 for length in lengths]) == pytest.approx(0.7)
 
 
-def test_points_that_cannot_be_measured_end_early(
-    benchmark: ModuleType, translator_run: Path, capsys: pytest.CaptureFixture[str]
+def test_peers_that_do_not_take_the_model_are_left_out_in_words(
+    benchmark: ModuleType, translator_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    record = benchmark.main([*QUICK, "--point", str(translator_run), "--cache", str(tmp_path)])
+    for measured in record["beside_peers"]:
+        assert list(measured["left_out"]) == ["fairseq", "transformers"] and len(measured["parties"]) == 3
+    assert [list(measured["parties"]) for measured in record["by_length"]] == [["train_then_compress"]] * 2
+    assert "fairseq has learned and sinusoidal positions only" in capsys.readouterr().out
+
+
+def test_points_that_cannot_be_measured_end_early(benchmark: ModuleType) -> None:
     with pytest.raises(ConfigError, match="nowhere: no run there"):
         benchmark.main([*QUICK, "--point", "nowhere"])
-    with pytest.raises(ConfigError, match="fairseq has learned and sinusoidal positions only"):
-        benchmark.main([*QUICK, "--point", str(translator_run)])
     with pytest.raises(SystemExit):
         benchmark.main([*QUICK, "--rounds", "0"])
