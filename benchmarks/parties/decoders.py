@@ -112,8 +112,8 @@ def generate(model: Translator, decoding: Decoding) -> Decoder:
         with torch.inference_mode():
             found = theirs.generate(
                 source, attention_mask=(source != PAD).long(), num_beams=decoding.beam, do_sample=False,
-                early_stopping=True, length_penalty=decoding.length_penalty, suppress_tokens=never,
-                max_new_tokens=decoding.max_extra + 1,
+                early_stopping=decoding.beam > 1, length_penalty=decoding.length_penalty, suppress_tokens=never,
+                max_new_tokens=decoding.max_extra + 1, min_new_tokens=1, forced_eos_token_id=EOS,
             )  # fmt: skip
         return [[([token for token in row[1:] if token not in (EOS, PAD)], 0.0)] for row in found.tolist()]
 

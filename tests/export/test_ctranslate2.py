@@ -73,6 +73,15 @@ def test_translations_are_ours(
         assert own == other or (beam > 1 and not has_ended)
 
 
+@pytest.mark.parametrize("quantization", ["float32", "int8"])
+def test_the_model_stays_as_it_is(point_of: Callable[..., Point], quantization: str, tmp_path: Path) -> None:
+    """CTranslate2's quantizer writes into the arrays that it is given."""
+    point = point_of("translation")
+    before = {name: value.clone() for name, value in point.model.state_dict().items()}
+    float32.write(point, tmp_path, quantization)
+    assert all(torch.equal(value, before[name]) for name, value in point.model.state_dict().items())
+
+
 @pytest.mark.parametrize("form", ["ctranslate2", "ctranslate2_int8"])
 def test_a_run_has_our_bleu(translator_run: Path, parallel_files: Path, form: str, tmp_path: Path) -> None:
     name = f"{translator_run}:quant4"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def write(point: Point, directory: Path, quantization: str = "float32") -> None:
     words = vocabulary(point.tokenizer)
     never = [number for number, word in enumerate(words) if word in _NEVER]
     with torch.no_grad():
-        spec = _specification(model, never)
+        spec = _specification(copy.deepcopy(model), never)  # its quantizer writes into the arrays it is given
     spec.register_source_vocabulary(words)
     spec.register_target_vocabulary(words)
     spec.config.decoder_start_token = SPECIAL_TOKENS[EOS]
