@@ -212,14 +212,16 @@ class Endless:
         return logits
 
 
-def by_length(model: Translator, source: Tensor, arguments: argparse.Namespace, beam: int) -> Record:
+def by_length(
+    model: Translator, source: Tensor, arguments: argparse.Namespace, beam: int, beside_fairseq: bool
+) -> Record:
     """Ours and fairseq's seconds per token when translations have so many tokens, and the fitted exponents."""
     lengths = [length for length in arguments.lengths if length < model.length]
     seconds: dict[str, list[float]] = {}
     for length in lengths:
         decoding = Decoding(beam=beam, max_ratio=0, max_extra=length)
         parties = [Party(OURS, partial(_endless, model, source, decoding))]
-        if model.config.positions != "rotary":
+        if beside_fairseq:
             generator = fairseq_generator(model, beam_size=beam, max_len_b=length, min_len=length)
             parties.append(Party(FAIRSEQ, partial(_generate, generator, source)))
         take_turns(parties, arguments.rounds)
@@ -275,13 +277,16 @@ def measure(arguments: argparse.Namespace, calibration: dict[str, float]) -> Rec
     model = work.model
     single, many = (batches_of(work.sources[:count], size)[0]
                     for count, size in ((arguments.singly, 1), (None, arguments.batch_size)))  # fmt: skip
+    peers = [beside_peers(work, size, beam, arguments)
+             for beam in arguments.beams for size in (1, arguments.batch_size)]  # fmt: skip
+    with_fairseq = FAIRSEQ in peers[0]["parties"]
     measured: Record = {
         "sources": work.name, "model": {"depth": model.config.depth, "width": model.config.width,
                                         "length": model.length, "vocab_size": model.embedding.weight.shape[0],
                                         "parameters": sum(p.numel() for p in model.parameters())},
-        "beside_peers": [beside_peers(work, size, beam, arguments)
-                         for beam in arguments.beams for size in (1, arguments.batch_size)],
-        "by_length": [by_length(model, batch[:8], arguments, max(arguments.beams)) for batch in (single[0], many[0])],
+        "beside_peers": peers,
+        "by_length": [by_length(model, batch[:8], arguments, max(arguments.beams), with_fairseq)
+                      for batch in (single[0], many[0])],
     }  # fmt: skip
     if arguments.draft:
         measured["speculative"] = [speculative(model, batches, arguments) for batches in (single, many)]

@@ -42,6 +42,10 @@ GROWTH = {
 _QUICK = {"depth": [1, 2], "width": [16, 32], "length": [16, 32], "batch": [2, 4], "processes": [1, 2]}
 
 
+#: Batches whose FLOPs are counted for a step's.
+_SAMPLE = 100
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = common.options(__doc__)
@@ -75,18 +79,18 @@ def measure(arguments: argparse.Namespace, calibration: dict[str, float]) -> Rec
               for value in values}  # fmt: skip
     configs = {point: config_of(arguments, dict(point)) for point in sorted(points)}
     prepared = prepare(next(iter(configs.values())).data, Path(arguments.cache))
-    taken: dict[Any, list[tuple[float, float]]] = {point: [] for point in configs}
+    taken: dict[Any, list[float]] = {point: [] for point in configs}
     for _ in range(arguments.rounds):
         for point, config in configs.items():
             take = _turn if config.runtime.processes == 1 else _turn_together
             taken[point] += take(config, prepared, arguments.turn_seconds)
+    flops = {point: _flops(config, prepared) for point, config in configs.items()}
     lines = {}
     for grown, values in arguments.growth.items():
         rows = []
         for value in values:
-            steps = taken[tuple((arguments.base | {grown: value}).items())]
-            seconds, flops = (common.quartiles(column) for column in zip(*steps, strict=True))
-            rows.append({grown: value, "seconds": seconds, "flops": flops["median"]})
+            point = tuple((arguments.base | {grown: value}).items())
+            rows.append({grown: value, "seconds": common.quartiles(taken[point]), "flops": flops[point]})
         fitted = {key: common.exponent(values, costs) for key, costs in (
             ("seconds", [row["seconds"]["median"] for row in rows]), ("flops", [row["flops"] for row in rows]),
         )}  # fmt: skip
@@ -94,26 +98,32 @@ def measure(arguments: argparse.Namespace, calibration: dict[str, float]) -> Rec
     return {"growth_of": lines}
 
 
-def _turn(config: Config, prepared: Prepared, seconds: float) -> list[tuple[float, float]]:
-    """Seconds and FLOPs of each step of a new model, for a while after it has warmed up."""
+def _flops(config: Config, prepared: Prepared) -> float:
+    """Of a step, the mean over the first batches: steps differ in the number of their predictions."""
+    task = MaskedLMTask(config, prepared, config.seed)
+    return sum(task.counts(task.batch(step)).flops for step in range(_SAMPLE)) / _SAMPLE
+
+
+def _turn(config: Config, prepared: Prepared, seconds: float) -> list[float]:
+    """Seconds of each step of a new model, for a while after it has warmed up."""
     task = MaskedLMTask(config, prepared, config.seed)
     trainer, steps = trainer_of(task.new_model(), task, config), []
     trainer.warm_up()
     start = time.perf_counter()
     while not steps or parallel.largest_over_ranks([time.perf_counter() - start])[0] < seconds:
-        before = trainer.clock
+        before = trainer.clock.seconds
         trainer.step()
-        steps.append((trainer.clock.seconds - before.seconds, trainer.clock.flops - before.flops))
+        steps.append(trainer.clock.seconds - before)
     return steps
 
 
-def _turn_together(config: Config, prepared: Prepared, seconds: float) -> list[tuple[float, float]]:
+def _turn_together(config: Config, prepared: Prepared, seconds: float) -> list[float]:
     """The same in several processes."""
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         arguments = (config, prepared, seconds, place)
         torch.multiprocessing.spawn(_be_rank, arguments, config.runtime.processes)  # type: ignore[no-untyped-call]
-        return [tuple(step) for step in json.loads((place / "steps.json").read_text())]
+        return [float(step) for step in json.loads((place / "steps.json").read_text())]
 
 
 def _be_rank(rank: int, config: Config, prepared: Prepared, seconds: float, place: Path) -> None:
