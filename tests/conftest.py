@@ -14,13 +14,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 from hypothesis import settings
+from typer.testing import CliRunner
 
+from train_then_compress.cli import app
 from train_then_compress.config import Config
 from train_then_compress.data.prepare import Prepared, prepare
 
@@ -180,6 +183,44 @@ def ttc() -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run([program, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+@pytest.fixture
+def ttc_here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`ttc` in this process, for commands that end before a run starts."""
+    from train_then_compress import sweep
+
+    monkeypatch.setattr(sweep, "_getting_ready", nullcontext)
+
+    def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(cwd)
+        done = CliRunner().invoke(app, arguments)
+        if not isinstance(done.exception, SystemExit | None):
+            raise done.exception
+        return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_here() -> Callable[..., list[Path]]:
+    """A function that does what `ttc run` does, in this process, for tests that are not about processes:
+    ``run_here("-m", ..., cwd=path)``. It gives the runs' directories and lets every error out."""
+
+    def run(*arguments: str, cwd: Path) -> list[Path]:
+        from train_then_compress import sweep
+        from train_then_compress.cell import locate
+        from train_then_compress.run import work
+
+        configs, errors = sweep.compose([*arguments, f"paths.runs={cwd / 'runs'}"])
+        assert not errors
+        cells = [locate(config) for config in configs]
+        for cell in cells:
+            if not cell.done:
+                work(cell)
+        return [cell.directory.path for cell in cells]
 
     return run
 

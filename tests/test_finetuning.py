@@ -10,9 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from train_then_compress.analysis.table import load_study
 from train_then_compress.records import RunDirectory, read_json, read_rows
+from train_then_compress.training.checkpoint import CheckpointError
 
 Ttc = Callable[..., subprocess.CompletedProcess[str]]
+RunHere = Callable[..., list[Path]]
 SMALL = [
     "model.depth=1", "model.width=32", "model.head_size=16", "model.positions=rotary", "runtime.threads=1",
     "runtime.dtype=fp32", "evaluation.points=3", "steps.prune.recovery.max_steps=5",
@@ -82,13 +85,11 @@ def test_given_again_nothing_is_done(workplace: Path, ttc: Ttc, pretraining: lis
 
 
 def test_init_from_gives_the_same_weights_as_pretraining_within(
-    workplace: Path, ttc: Ttc, finetuning: list[str]
+    workplace: Path, run_here: RunHere, finetuning: list[str], untimed: None
 ) -> None:
     (masked_lm,) = runs_of(workplace / "runs/both", "mlm")
     settings = [setting for setting in SMALL if not setting.startswith("model.")]  # the model comes from the run
-    done = ttc("run", *settings, *finetuning, f"init_from={masked_lm}", "study=from", "recipes=[none]", cwd=workplace)
-    assert done.returncode == 0, done.stderr
-    (run,) = runs_of(workplace / "runs/from", "csv_files")
+    (run,) = run_here(*settings, *finetuning, f"init_from={masked_lm}", "study=from", "recipes=[none]", cwd=workplace)
     first = runs_of(workplace / "runs/both", "csv_files")[0]
     assert run.name == first.name
     expected = weights_of(first, "finetune")
@@ -96,7 +97,7 @@ def test_init_from_gives_the_same_weights_as_pretraining_within(
 
 
 def test_milestones_of_a_run_can_be_compressed_and_finetuned(
-    workplace: Path, ttc: Ttc, text_file: Path, cache: Path, finetuning: list[str]
+    tmp_path: Path, run_here: RunHere, text_file: Path, cache: Path, finetuning: list[str], untimed: None
 ) -> None:
     """Without training: the milestone's own weights, its own clock, and a quality between those of other progress."""
     masked_lm = [
@@ -104,15 +105,12 @@ def test_milestones_of_a_run_can_be_compressed_and_finetuned(
         "budget.value=60", "optimizer.batch_size=8", "optimizer.lr=1e-2", f"paths.cache={cache}",
     ]  # fmt: skip
     kept = ["checkpoint.keep_at=[0.25,0.5]", "checkpoint.keep_at_perplexity=[300,1.5]", "evaluation.points=20"]
-    done = ttc("run", *SMALL, *masked_lm, *kept, "study=kept", cwd=workplace)
-    assert done.returncode == 0, done.stderr
-    (trunk,) = runs_of(workplace / "runs/kept", "mlm")
+    (trunk,) = run_here(*SMALL, *masked_lm, *kept, "study=kept", cwd=tmp_path)
     settings = [setting for setting in SMALL if not setting.startswith("model.")]
     starts = ",".join(f"{trunk}@{at}" for at in ("0.25", "0.5", "perplexity300"))
     common = [*settings, f"paths.cache={cache}", "study=at"]
-    done = ttc("run", "-m", *common, f"init_from={starts}", "recipes=[none,quant4]", cwd=workplace)
-    assert done.returncode == 0, done.stderr
-    runs = {run.name.split("@")[1].split("-")[0]: run for run in runs_of(workplace / "runs/at", "mlm")}
+    found = run_here("-m", *common, f"init_from={starts}", "recipes=[none,quant4]", cwd=tmp_path)
+    runs = {run.name.split("@")[1].split("-")[0]: run for run in found}
     records = {at: read_json(next(run.glob("stages/milestone-*/record.json"))) for at, run in runs.items()}
     assert records["0.25"]["clock"]["steps"] == 15 and records["0.5"]["clock"]["steps"] == 30
     rows = [row for row in read_rows(trunk / "metrics.jsonl") if row["split"] == "validation"]
@@ -120,12 +118,11 @@ def test_milestones_of_a_run_can_be_compressed_and_finetuned(
     assert records["perplexity300"]["validation"]["perplexity"] == pytest.approx(reached["perplexity"], rel=1e-5)
     assert records["0.5"]["validation"]["loss"] < records["0.25"]["validation"]["loss"]
     assert not any(path.exists() for path in runs["0.5"].glob("checkpoint"))
-    table = ttc("table", "at", "--format", "csv", cwd=workplace).stdout
-    assert "milestone=0.25" in table and "milestone=perplexity300" in table
-    wrong = ttc("run", *common, f"init_from={trunk}@0.75", cwd=workplace)
-    assert wrong.returncode != 0 and "no milestone 0.75" in wrong.stderr + wrong.stdout
-    done = ttc("run", *settings, *finetuning, f"init_from={trunk}@0.5", "recipes=[none]", "study=tuned", cwd=workplace)
-    assert done.returncode == 0, done.stderr
+    variants = " ".join(load_study(tmp_path / "runs/at").runs["variant"])
+    assert "milestone=0.25" in variants and "milestone=perplexity300" in variants
+    with pytest.raises(CheckpointError, match=r"no milestone 0\.75"):
+        run_here(*common, f"init_from={trunk}@0.75", cwd=tmp_path)
+    run_here(*settings, *finetuning, f"init_from={trunk}@0.5", "recipes=[none]", "study=tuned", cwd=tmp_path)
 
 
 def test_table_and_figures_show_accuracy_against_cost(workplace: Path, ttc: Ttc) -> None:
@@ -151,14 +148,14 @@ def test_table_and_figures_show_accuracy_against_cost(workplace: Path, ttc: Ttc)
     ],
 )
 def test_what_does_not_fit_together_is_refused_in_words(
-    overrides: list[str], words: str, ttc: Ttc, tmp_path: Path
+    overrides: list[str], words: str, ttc_here: Ttc, tmp_path: Path
 ) -> None:
-    done = ttc("run", *overrides, cwd=tmp_path)
-    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+    done = ttc_here("run", *overrides, cwd=tmp_path)
+    assert done.returncode == 2 and words in done.stderr
     assert not (tmp_path / "runs").exists()
 
 
-def test_another_shape_than_that_of_init_from_is_refused(workplace: Path, ttc: Ttc, finetuning: list[str]) -> None:
+def test_another_shape_than_that_of_init_from_is_refused(workplace: Path, ttc_here: Ttc, finetuning: list[str]) -> None:
     (masked_lm,) = runs_of(workplace / "runs/both", "mlm")
-    done = ttc("run", *finetuning, f"init_from={masked_lm}", "model.depth=3", cwd=workplace)
+    done = ttc_here("run", *finetuning, f"init_from={masked_lm}", "model.depth=3", cwd=workplace)
     assert done.returncode == 2 and f"model.depth=3: init_from={masked_lm} has 1" in done.stderr

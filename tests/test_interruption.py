@@ -23,7 +23,7 @@ def runs_of(study: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "moments"), [("fp32", [("pretrain", 6), ("prune90", 7)]), ("bf16", [("pretrain", 70), ("prune99", 9)])]
+    ("dtype", "moments"), [("fp32", [("pretrain", 6), ("prune90", 7)]), ("bf16", [("pretrain", 70)])]
 )
 def test_killed_at_several_moments_it_ends_in_the_same_weights(
     tmp_path: Path, common: list[str], ttc: Command, assert_same_weights: Compare, kill_at: KillAt, dtype: str,
@@ -33,7 +33,7 @@ def test_killed_at_several_moments_it_ends_in_the_same_weights(
     there is something to recover."""
     arguments = [
         "run", *common, "recipes=[prune99]", "steps.prune.increment=90", "steps.prune.recovery.check_every=20",
-        "budget.value=200", "optimizer.lr=1e-2", "model.dropout=0.1", f"runtime.dtype={dtype}",
+        "budget.value=120", "optimizer.lr=1e-2", "model.dropout=0.1", f"runtime.dtype={dtype}",
     ]  # fmt: skip
     assert ttc(*arguments, "study=calm", cwd=tmp_path).returncode == 0
     for stage, step in moments:

@@ -16,6 +16,7 @@ def test_notebook_runs(
     small = [
         "data=text_files", f"data.train={text_file}", f"paths.cache={cache}", "data.vocab_size=400",
         "data.sequence_length=32", "steps.prune.recovery.max_steps=2", "budget.kind=steps", "budget.value=600",
+        "recipes=[none,quant4,prune30]", "runtime.threads=1",
     ]  # fmt: skip
     monkeypatch.setenv("TOUR_OVERRIDES", " ".join(small))
     notebook = nbformat.read(path, as_version=4)

@@ -28,6 +28,7 @@ def test_quick_commands_run(tmp_path: Path, text_file: Path, cache: Path, monkey
                 f" data=text_files data.train={text_file} data.vocab_size=400 paths.cache={cache} budget.kind=steps"
             )
             command += " budget.value=20 data.sequence_length=32 steps.prune.recovery.max_steps=2"
+            command += " runtime.threads=1"
         done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
     assert list(tmp_path.glob("runs/mine/wandb/offline-run-*"))

@@ -31,11 +31,10 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
     ],
 )
 def test_bad_input_is_refused_in_words_before_anything_starts(
-    tmp_path: Path, common: list[str], ttc: Command, override: str, words: str
+    tmp_path: Path, common: list[str], ttc_here: Command, override: str, words: str
 ) -> None:
-    done = ttc("run", *common, *override.split(" "), cwd=tmp_path)
+    done = ttc_here("run", *common, *override.split(" "), cwd=tmp_path)
     assert done.returncode != 0 and words in done.stderr + done.stdout
-    assert "Traceback" not in done.stderr
     assert not list(tmp_path.glob("runs/*/*"))
 
 
@@ -48,24 +47,26 @@ def test_a_mistake_in_the_last_cell_is_found_before_the_first_starts(
 
 
 def test_flags_may_stand_between_overrides_and_a_sweep_is_one_study(
-    tmp_path: Path, common: list[str], ttc: Command
+    tmp_path: Path, common: list[str], ttc_here: Command
 ) -> None:
-    done = ttc("run", *common, "-m", "study=one,two", cwd=tmp_path)
+    done = ttc_here("run", *common, "-m", "study=one,two", cwd=tmp_path)
     assert done.returncode == 2 and "study=one,two: a sweep is one study; give one command for each" in done.stderr
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("key", ["paths.runs", "paths.cache"])
-def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path, common: list[str], ttc: Command, key: str) -> None:
+def test_a_directory_that_cannot_be_made_is_named(
+    tmp_path: Path, common: list[str], ttc_here: Command, key: str
+) -> None:
     (tmp_path / "file").touch()
-    done = ttc("run", *common, f"{key}=file/below", cwd=tmp_path)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+    done = ttc_here("run", *common, f"{key}=file/below", cwd=tmp_path)
+    assert done.returncode == 2
     assert f"error: {key}={tmp_path / 'file/below'}: this directory cannot be made (Not a directory)" in done.stderr
 
 
-def test_a_busy_machine_is_said_once_and_leaves_nothing(tmp_path: Path, common: list[str], ttc: Command) -> None:
+def test_a_busy_machine_is_said_once_and_leaves_nothing(tmp_path: Path, common: list[str], ttc_here: Command) -> None:
     with machine.held("cpu", exclusive=True):
-        done = ttc("run", "-m", *common, "budget=seconds", "seed=0,1", cwd=tmp_path)
+        done = ttc_here("run", "-m", *common, "budget=seconds", "seed=0,1", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("in use by another run (process") == 1
     assert not list(tmp_path.glob("runs/*/*"))
 
@@ -77,12 +78,12 @@ def test_a_missing_gpu_is_said_without_a_traceback(tmp_path: Path, common: list[
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, common: list[str], ttc: Command) -> Path:
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, common: list[str], run_here: Callable[..., list[Path]], untimed: None
+) -> Path:
     """A run of two steps."""
     directory = tmp_path_factory.mktemp("finished")
-    done = ttc("run", *common, "study=one", "budget.value=2", "optimizer.warmup=0", cwd=directory)
-    assert done.returncode == 0, done.stderr
-    (run,) = directory.glob("runs/one/mlm*")
+    (run,) = run_here(*common, "study=one", "budget.value=2", "optimizer.warmup=0", cwd=directory)
     return run
 
 

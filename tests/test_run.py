@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from train_then_compress.compression.packing import unpack
-from train_then_compress.config import Config
+from train_then_compress.config import Config, ConfigError
 from train_then_compress.data.prepare import prepare
 from train_then_compress.records import RunDirectory, read_json, read_rows
 from train_then_compress.tasks.masked_lm import MaskedLMTask
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 Compare = Callable[[Path, Path], None]
+RunHere = Callable[..., list[Path]]
 
 
 def runs_of(study: Path) -> list[Path]:
@@ -88,30 +89,26 @@ def test_given_again_it_does_nothing_and_a_deleted_run_alone_is_done_again(
     assert_same_weights(kept, wide)
 
 
-def test_another_recipe_trains_nothing_again(study: Path, common: list[str], ttc: Command) -> None:
+def test_another_recipe_trains_nothing_again(study: Path, common: list[str], run_here: RunHere, untimed: None) -> None:
     run = runs_of(study)[0]
     records = {path: path.stat().st_mtime_ns for path in run.glob("stages/*/record.json")}
-    recipes = "recipes=[none,quant8,prune30]"
-    assert ttc("run", *common, "study=two", recipes, cwd=study.parents[1]).returncode == 0
+    assert run_here(*common, "study=two", "recipes=[none,quant8,prune30]", cwd=study.parents[1]) == [run]
     after = {path: path.stat().st_mtime_ns for path in run.glob("stages/*/record.json")}
     assert {path: after[path] for path in records} == records
     assert {path.parent.name.rsplit("-", 1)[0] for path in after.keys() - records.keys()} == {"quant8"}
 
 
 def test_a_branch_starts_from_its_milestone_and_refuses_a_spent_budget(
-    tmp_path: Path, common: list[str], ttc: Command
+    tmp_path: Path, common: list[str], run_here: RunHere, untimed: None
 ) -> None:
     wsd = [*common, "optimizer.schedule=wsd", "study=wsd"]
-    assert ttc("run", *wsd, "checkpoint.keep_at=[0.5]", cwd=tmp_path).returncode == 0
-    (trunk,) = runs_of(tmp_path / "runs/wsd")
-    branch = ttc("run", *wsd, f"branch_from={trunk}@0.5", "budget.value=20", cwd=tmp_path)
-    assert branch.returncode == 0, branch.stderr
-    (other,) = set(runs_of(tmp_path / "runs/wsd")) - {trunk}
-    (record,) = (json.loads(path.read_text()) for path in other.glob("stages/pretrain-*/record.json"))
+    (trunk,) = run_here(*wsd, "checkpoint.keep_at=[0.5]", cwd=tmp_path)
+    (branch,) = run_here(*wsd, f"branch_from={trunk}@0.5", "budget.value=20", cwd=tmp_path)
+    (record,) = (json.loads(path.read_text()) for path in branch.glob("stages/pretrain-*/record.json"))
     assert record["clock"]["steps"] == 20
-    assert min(row["steps"] for row in read_rows(other / "metrics.jsonl")) > 15
-    spent = ttc("run", *wsd, f"branch_from={trunk}@0.5", "budget.value=16", cwd=tmp_path)
-    assert spent.returncode == 1 and "budget.value=16.0: already spent" in spent.stderr
+    assert min(row["steps"] for row in read_rows(branch / "metrics.jsonl")) > 15
+    with pytest.raises(ConfigError, match=r"budget\.value=16\.0: already spent"):
+        run_here(*wsd, f"branch_from={trunk}@0.5", "budget.value=16", cwd=tmp_path)
 
 
 def test_without_wandb_training_goes_on_with_a_warning(

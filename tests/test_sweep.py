@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import subprocess
+import sys
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 
-from train_then_compress import sweep
+from train_then_compress import run, sweep
 
 SWEEP = [
     "-m", "+scale=cpu", "model.depth=1,2", "budget=steps,tokens", "budget.value=5000", "recipes=[none,quant4]",
@@ -38,3 +42,24 @@ def test_a_key_that_is_not_there_ends_in_hydras_words(capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         sweep.compose(["-m", "model.dept=1,2"])
     assert "Could not override 'model.dept'" in capsys.readouterr().err
+
+
+def test_the_process_that_got_ready_ends_with_a_command_that_needs_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[str]] = []
+    start = sweep._start
+
+    def noted(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
+        started.append(start(*arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr(sweep, "_start", noted)
+    assert sweep.run(["model.depth=99"]) == 2
+    (process,) = started
+    assert process.returncode is not None
+
+
+def test_a_runs_process_that_is_told_nothing_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sweep was stopped while Hydra composed."""
+    monkeypatch.setattr(sys, "argv", ["run"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    assert run.main() == 0

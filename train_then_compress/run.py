@@ -1,6 +1,7 @@
 """One run in a process of its own: its stages in order, each skipped where its record stands.
 
-Started by `sweep` as ``python -m train_then_compress.run CONFIG_JSON``, or by torchrun for several processes.
+Started by `sweep` as ``python -m train_then_compress.run``, which reads its config (JSON) from standard input when it
+has imported torch; for several processes by torchrun, with the config as the argument.
 """
 
 from __future__ import annotations
@@ -255,9 +256,12 @@ def work(cell: Cell) -> None:
 
 
 def main() -> int:
-    """Read the config from the first argument, hold directory and machine, work; the exit status says how it went."""
+    """Read the config, hold directory and machine, work; the exit status says how it went."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", force=True)
-    config = Config.build(json.loads(sys.argv[1]))
+    told = sys.argv[1] if len(sys.argv) > 1 else sys.stdin.read()
+    if not told:  # the sweep ended before its first run
+        return 0
+    config = Config.build(json.loads(told))
     cell = locate(config)
     try:
         _set_up_process(config)

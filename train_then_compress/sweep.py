@@ -2,7 +2,7 @@
 
 Hydra is called twice. The first pass composes all cells and runs nothing, so that a mistake in the last cell is
 reported before the first has started. The second pass goes through the launcher that the user chose; its task
-function starts the child process. Neither imports torch.
+function starts the child process. Neither imports torch: the first child does, while Hydra composes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, get_args
@@ -59,12 +59,35 @@ _KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_TOP_PAD_": str(32 << 20),
 }  # fmt: skip
 
+_RUN = ["-m", "train_then_compress.run"]
+
+#: The first run's process, which waits for its config. A launcher that calls `launch` in another process finds none.
+_ready: list[subprocess.Popen[str]] = []
+
 
 def run(arguments: list[str]) -> int:
     """Do what ``ttc run`` was told; returns the exit status (0: every cell is done)."""
     if any(argument.split("=")[0] in _ONLY_HYDRA for argument in arguments):
         _hydra(arguments, lambda composed: None)
         return 0
+    with _getting_ready():
+        return _run_cells(arguments)
+
+
+@contextmanager
+def _getting_ready() -> Iterator[None]:
+    """Have a run's process import torch already: that takes longer than all that comes before the first run."""
+    _ready.append(_start(_RUN, len(machine.usable_cores()), stdin=subprocess.PIPE))
+    try:
+        yield
+    finally:
+        for unused in _ready:
+            unused.kill()
+            unused.communicate()
+        _ready.clear()
+
+
+def _run_cells(arguments: list[str]) -> int:
     multirun = [argument for argument in arguments if argument in ("-m", "--multirun")]
     # Hydra's parser takes overrides on one side of a flag only.
     arguments = [*multirun, *(argument for argument in arguments if argument not in multirun)]
@@ -185,7 +208,7 @@ def compose(arguments: list[str]) -> tuple[list[Config], list[str]]:
                 errors.append(str(error))
 
     here = [argument for argument in arguments if not argument.startswith(("hydra/launcher", "hydra.launcher"))]
-    with tempfile.TemporaryDirectory() as nowhere, _alike_from_one_composition():
+    with tempfile.TemporaryDirectory() as nowhere:
         _hydra([*here, f"hydra.run.dir={nowhere}", f"hydra.sweep.dir={nowhere}"], collect)
     return list(configs.values()), errors
 
@@ -271,14 +294,21 @@ def launch(composed: DictConfig, names: list[str]) -> None:
     if cell.done:
         return
     print(f"[{names.index(cell.plan.run_name) + 1}/{len(names)}] {cell.plan.run_name}", flush=True)
-    processes, threads = cell.config.runtime.processes, cell.config.runtime.threads
-    start = [sys.executable, "-m"]
-    if processes > 1:
-        start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    command = [*start, "train_then_compress.run", json.dumps(dataclasses.asdict(cell.config))]
-    child = subprocess.Popen(command, env=environment(threads))
+    runtime, config = cell.config.runtime, json.dumps(dataclasses.asdict(cell.config))
+    if runtime.processes > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={runtime.processes}"]
+        child = _start([*torchrun, *_RUN, config], runtime.threads)
+    else:
+        child = _ready.pop() if _ready else _start(_RUN, runtime.threads, stdin=subprocess.PIPE)
+        assert child.stdin is not None
+        with suppress(BrokenPipeError), child.stdin as told:  # one that has died has said why
+            told.write(config)
     if _interrupted_while_waiting(child):
         sys.exit(_INTERRUPTED)
+
+
+def _start(arguments: list[str], threads: int, stdin: int | None = None) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, *arguments], env=environment(threads), stdin=stdin, text=True)
 
 
 def environment(threads: int) -> dict[str, str]:
@@ -286,7 +316,7 @@ def environment(threads: int) -> dict[str, str]:
     return _KEEP_MEMORY | os.environ | {"OMP_NUM_THREADS": str(threads)}
 
 
-def _interrupted_while_waiting(child: subprocess.Popen[bytes]) -> bool:
+def _interrupted_while_waiting(child: subprocess.Popen[str]) -> bool:
     """Wait for a child; SIGTERM is handed on to it, SIGINT reaches it from the terminal by itself."""
     asked: list[int] = []
 
@@ -337,7 +367,7 @@ def _hydra(arguments: list[str], task: Callable[[DictConfig], None]) -> None:
     """Run a task function under Hydra's own command line, ``arguments`` unchanged."""
     kept, sys.argv = sys.argv, ["ttc run", *arguments]
     try:
-        with own_groups():
+        with own_groups(), _alike_from_one_composition():
             hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name="run")(task)()
     finally:
         sys.argv = kept

@@ -19,7 +19,7 @@ from train_then_compress.config import ConfigError
 from train_then_compress.config.labelled import CsvFiles, HubLabelled
 from train_then_compress.data.examples import Labelled, LabelledBatches, batch_of, prepare_labelled
 from train_then_compress.data.labelled import load_labelled
-from train_then_compress.data.prepare import BOS, EOS, PAD, Prepared
+from train_then_compress.data.prepare import BOS, EOS, MASK, PAD, Prepared
 
 Write = Callable[..., Path]
 
@@ -97,6 +97,14 @@ def test_the_split_depends_on_the_group_not_on_the_order(prepared: Prepared, tmp
     assert one.directory != other.directory and one.id == other.id
     counts = {split: facts["examples"] for split, facts in one.record["splits"].items()}
     assert sum(counts.values()) == 200 and 8 <= counts["valid"] <= 36 and 8 <= counts["test"] <= 36
+
+
+def test_the_name_of_a_special_token_is_text(prepared: Prepared, tmp_path: Path, write: Write) -> None:
+    data = prepared_from(write("tags.csv", *(f"{n} <pad> <mask> </s>,{n % 2}" for n in range(60))), prepared, tmp_path)
+    for split in ("train", "valid", "test"):
+        for number in range(len(data.split(split))):
+            row = data.split(split).row(number, 40)
+            assert (row > MASK).sum() == len(row) - 2  # but for <s> at the beginning and </s> at the end
 
 
 def test_a_text_that_is_held_out_is_not_trained_on(prepared: Prepared, tmp_path: Path, write: Write) -> None:

@@ -143,6 +143,14 @@ def test_any_text_is_encoded_without_loss(prepared: Prepared) -> None:
         assert tokenizer.decode(tokenizer.encode(text).ids).strip() == text
 
 
+def test_the_name_of_a_special_token_is_text(text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "tags.txt").write_text("Ada pads <pad> and masks <mask> the </s> boat.\n\n" + text_file.read_text())
+    prepared = prepare(corpus_config(tmp_path / "tags.txt"), tmp_path)
+    assert not any(np.isin(prepared.tokens(split), [BOS, PAD, UNK, MASK]).any() for split in SPLITS)
+    found = [document for split in SPLITS for document in documents_of(prepared, split)]
+    assert "Ada pads <pad> and masks <mask> the </s> boat." in found
+
+
 def test_sentences_end_where_one_would_end_them() -> None:
     text = 'He left. She asked "why?" He said 3.5 apples! (Quietly.) then  \n\n  no end here\nE.g. this. That'
     assert sentences(text) == [

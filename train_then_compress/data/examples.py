@@ -147,6 +147,7 @@ def _check(config: LabelledConfig, splits: dict[str, list[Example]], labels: lis
 
 
 def _write(path: Path, examples: list[Example], labels: list[str], encoder: Tokenizer) -> None:
+    encoder.encode_special_tokens = True  # the name of one is text like any other
     texts = [text for example in examples for text in (example.text, example.pair or "")]
     encoded = [encoding.ids for encoding in encoder.encode_batch_fast(texts)]
     dtype = np.uint16 if encoder.get_vocab_size() <= 2**16 else np.uint32

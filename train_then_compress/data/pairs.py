@@ -156,6 +156,7 @@ def split_pairs(
         marks |= {mark for pair in held_out[split] for mark in _marks(pair)}
 
     def training() -> Iterator[Pair]:
+        """What is left to train on, in the corpus's order."""
         known: set[int] = set()
         for pair in map(_clean, corpus.pairs["train"]()):
             number = _number(pair)

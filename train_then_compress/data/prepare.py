@@ -188,6 +188,7 @@ def _write_tokens(
 
 
 def _encode(tokenizer: Tokenizer, documents: list[str]) -> Iterator[list[int]]:
+    tokenizer.encode_special_tokens = True  # the name of one is text like any other
     parts = [sentences(document) for document in documents]
     encoded = iter(tokenizer.encode_batch_fast([part for document in parts for part in document]))
     for document in parts:
