@@ -15,7 +15,17 @@ from tokenizers import Tokenizer
 
 from train_then_compress.config import ConfigError, LabelledConfig
 from train_then_compress.data.labelled import Example, LabelledCorpus, load_labelled
-from train_then_compress.data.prepare import BOS, EOS, PAD, SPLITS, Tokenized, content_id, document_hash, once
+from train_then_compress.data.prepare import (
+    BOS,
+    EOS,
+    PAD,
+    SPLITS,
+    Tokenized,
+    content_id,
+    document_hash,
+    encode_texts,
+    once,
+)
 from train_then_compress.records import digest, what
 
 HELD_OUT = 0.1
@@ -147,9 +157,7 @@ def _check(config: LabelledConfig, splits: dict[str, list[Example]], labels: lis
 
 
 def _write(path: Path, examples: list[Example], labels: list[str], encoder: Tokenizer) -> None:
-    encoder.encode_special_tokens = True  # the name of one is text like any other
-    texts = [text for example in examples for text in (example.text, example.pair or "")]
-    encoded = [encoding.ids for encoding in encoder.encode_batch_fast(texts)]
+    encoded = encode_texts(encoder, [text for example in examples for text in (example.text, example.pair or "")])
     dtype = np.uint16 if encoder.get_vocab_size() <= 2**16 else np.uint32
     numbers = {label: number for number, label in enumerate(labels)}
     np.savez(

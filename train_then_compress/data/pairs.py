@@ -28,6 +28,7 @@ from train_then_compress.data.prepare import (
     Tokenized,
     content_id,
     document_hash,
+    encode_texts,
     once,
     train_tokenizer,
 )
@@ -220,11 +221,10 @@ def _marks(pair: Pair) -> set[str]:
 
 
 def _encode(tokenizer: Tokenizer, pairs: Iterable[Pair]) -> Iterator[_Sides]:
-    tokenizer.encode_special_tokens = True  # the name of one is text like any other
     stream = iter(pairs)
     while batch := list(islice(stream, _PAIRS_AT_ONCE)):
-        encoded = iter(tokenizer.encode_batch_fast([side for pair in batch for side in pair[:2]]))
-        yield from ((source.ids, target.ids) for source, target in zip(encoded, encoded, strict=True))
+        encoded = iter(encode_texts(tokenizer, [side for pair in batch for side in pair[:2]]))
+        yield from zip(encoded, encoded, strict=True)
 
 
 def _dtype(vocab_size: int) -> type[np.unsignedinteger[Any]]:

@@ -187,12 +187,17 @@ def _write_tokens(
     return {split: {"documents": len(index[split]), "tokens": written[split]} for split in SPLITS}
 
 
+def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text; the name of a special token (``<s>``) is text like any other."""
+    tokenizer.encode_special_tokens = True
+    return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts)]
+
+
 def _encode(tokenizer: Tokenizer, documents: list[str]) -> Iterator[list[int]]:
-    tokenizer.encode_special_tokens = True  # the name of one is text like any other
     parts = [sentences(document) for document in documents]
-    encoded = iter(tokenizer.encode_batch_fast([part for document in parts for part in document]))
+    encoded = iter(encode_texts(tokenizer, [part for document in parts for part in document]))
     for document in parts:
-        ids = [token for _ in document for token in (*next(encoded).ids, EOS)]
+        ids = [token for _ in document for token in (*next(encoded), EOS)]
         yield [*ids, EOS]
 
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from train_then_compress.data.pairs import normalized
-from train_then_compress.data.prepare import EOS, PAD
+from train_then_compress.data.prepare import EOS, PAD, encode_texts
 from train_then_compress.evaluation.decoding import Decoding, Hypothesis, beam_search
 from train_then_compress.models.transformer import Translator
 
@@ -34,10 +34,8 @@ def encode(tokenizer: Tokenizer, lines: list[str], longest: int) -> list[list[in
     beside ``</s>``, the first; of a blank line none. Lines are normalized as prepared corpora are; a special token's
     name (``<s>``) is text like any other.
     """
-    tokenizer.encode_special_tokens = True
     texts = [normalized(line) for line in lines]
-    return [encoding.ids[: longest - 1] if text else []
-            for text, encoding in zip(texts, tokenizer.encode_batch_fast(texts), strict=True)]  # fmt: skip
+    return [ids[: longest - 1] if text else [] for text, ids in zip(texts, encode_texts(tokenizer, texts), strict=True)]
 
 
 def detokenize(tokenizer: Tokenizer, tokens: list[int]) -> str:
