@@ -199,6 +199,7 @@ def ttc_here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., subprocess.Comple
         done = CliRunner().invoke(app, arguments)
         if not isinstance(done.exception, SystemExit | None):
             raise done.exception
+        assert "Traceback" not in done.stderr
         return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
 
     return run
