@@ -53,10 +53,10 @@ from train_then_compress.records import Busy, Damaged, read_json
 _ONLY_HYDRA = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--version"}
 _INTERRUPTED = 130
 
-#: Has glibc's allocator keep what a training step frees instead of faulting it in again at the next (it reads these
-#: variables only when a process starts; other allocators ignore them).
+#: Has glibc's allocator keep what a training step frees, however large, instead of faulting it in again at the next (it
+#: reads these variables only when a process starts; other allocators ignore them).
 _KEEP_MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_TOP_PAD_": str(32 << 20),
+    "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_TOP_PAD_": str(32 << 20),
 }  # fmt: skip
 
 _RUN = ["-m", "train_then_compress.run"]

@@ -35,13 +35,14 @@ CONVENTIONS = {
 _INTERVAL_SECONDS, _LIKELY_SHARE, _SAMPLE = 0.5, 0.25, 16
 
 
-def options(description: str, shapes: Sequence[str], dropout: float) -> argparse.ArgumentParser:
-    """The options of every contest."""
+def options(description: str, shapes: Sequence[str], dropout: float | None) -> argparse.ArgumentParser:
+    """The options of every contest; ``dropout``: its default, None where that depends on the task."""
     parser = common.options(description)
     parser.add_argument("--shapes", nargs="+", default=list(shapes), metavar="DEPTHxWIDTH",
                         help=f"default {' '.join(shapes)}")  # fmt: skip
     parser.add_argument("--norm", choices=("pre", "post"), default="pre", help="transformers has post-norm only")
-    parser.add_argument("--dropout", type=float, default=dropout, help="default %(default)s")
+    known = "that of the task's own benchmark" if dropout is None else dropout
+    parser.add_argument("--dropout", type=float, default=dropout, help=f"default {known}")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16" if machine.cpu_has_bf16() else "fp32",
                         help="bf16: autocast, weights in fp32 (fairseq-train has fp32 only on a CPU)")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=5, help="turns of each; default 5")

@@ -106,9 +106,9 @@ def train_transformers(
         library.Trainer(model, arguments, counted, examples, callbacks=[Teller()]).train()
 
 
-def main(parties: dict[str, Callable[[Config, int], None]]) -> None:
-    """Be the party that the first argument names."""
-    party, values, steps = sys.argv[1:]
+def main(parties: dict[str, Callable[..., None]]) -> None:
+    """Be the party that the first argument names, with the config and the numbers that follow."""
+    party, values, *numbers = sys.argv[1:]
     config = Config.build(json.loads(values))
     torch.set_num_threads(config.runtime.threads)
-    parties[party](config, int(steps))
+    parties[party](config, *map(int, numbers))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from parties import loops
@@ -40,18 +40,27 @@ class Rows(Dataset[dict[str, list[int]]]):
         return {"input_ids": row.tolist(), "special_tokens_mask": (row <= MASK).astype(int).tolist()}
 
 
+def task_of(config: Config) -> MaskedLMTask:
+    """What is trained in this project's loop."""
+    return MaskedLMTask(config, prepare(config.data, Path(config.paths.cache)), config.seed)
+
+
+def new_fairseq_model(task: MaskedLMTask) -> nn.Module:
+    """fairseq's model for the task."""
+    torch.manual_seed(task.config.seed)
+    return FairseqMaskedLM(task.config.model, task.vocab_size, task.length).to(task.device)
+
+
 def ours(config: Config, steps: int) -> None:
     """This project's model."""
-    task = MaskedLMTask(config, prepare(config.data, Path(config.paths.cache)), config.seed)
+    task = task_of(config)
     loops.train(task.new_model(), task, config, steps)
 
 
 def fairseq_model(config: Config, steps: int) -> None:
     """fairseq's model in this project's loop."""
-    task = MaskedLMTask(config, prepare(config.data, Path(config.paths.cache)), config.seed)
-    torch.manual_seed(config.seed)
-    model = FairseqMaskedLM(config.model, task.vocab_size, config.data.sequence_length)
-    loops.train(model.to(task.device), task, config, steps)
+    task = task_of(config)
+    loops.train(new_fairseq_model(task), task, config, steps)
 
 
 def transformers(config: Config, steps: int) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 
 from parties import loops
@@ -30,18 +31,28 @@ class Examples(Dataset[dict[str, list[int]]]):
         return {"input_ids": source, "attention_mask": [1] * len(source), "labels": target}
 
 
+def task_of(config: Config) -> TranslationTask:
+    """What is trained in this project's loop."""
+    return TranslationTask(config, prepare_pairs(config.data, Path(config.paths.cache)), config.seed)
+
+
+def new_fairseq_model(task: TranslationTask) -> nn.Module:
+    """fairseq's model for the task."""
+    torch.manual_seed(task.config.seed)
+    shape = task.config.model
+    return TransformerAtPlaces(shape, task.vocab_size, shape.length).to(task.device)
+
+
 def ours(config: Config, steps: int) -> None:
     """This project's translator."""
-    task = TranslationTask(config, prepare_pairs(config.data, Path(config.paths.cache)), config.seed)
+    task = task_of(config)
     loops.train(task.new_model(), task, config, steps)
 
 
 def fairseq_model(config: Config, steps: int) -> None:
     """fairseq's model in this project's loop."""
-    task = TranslationTask(config, prepare_pairs(config.data, Path(config.paths.cache)), config.seed)
-    torch.manual_seed(config.seed)
-    model = TransformerAtPlaces(config.model, task.vocab_size, config.model.length)
-    loops.train(model.to(task.device), task, config, steps)
+    task = task_of(config)
+    loops.train(new_fairseq_model(task), task, config, steps)
 
 
 def transformers(config: Config, steps: int) -> None:

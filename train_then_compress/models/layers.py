@@ -21,13 +21,14 @@ _EXPLICIT_UP_TO = 1024
 def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
     """Softmax attention; all [batch, heads, length, head_size], ``bias``, broadcast, goes onto the scores.
 
-    PyTorch's fused kernel, except in bf16 on the CPU: its backward is several times slower there than multiplying whole
-    score matrices, which rounds the scores to bf16 (0.5 % relative error of the output against 0.2 %).
+    PyTorch's fused kernel, except on the CPU in bf16, where its backward is several times slower than multiplying whole
+    score matrices, which rounds the scores to bf16 (0.5 % relative error of the output against 0.2 %), and with
+    dropout, which it does not have there: PyTorch falls back on whole score matrices and its slow generator.
     """
     if bias is not None:
         bias = bias.to(query.dtype)
-    explicit = query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[2] <= _EXPLICIT_UP_TO
-    if not explicit:
+    fused_is_slow = query.device.type == "cpu" and (query.dtype == torch.bfloat16 or dropout > 0)
+    if not fused_is_slow or query.shape[2] > _EXPLICIT_UP_TO:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
     scores = (query * query.shape[3] ** -0.5) @ key.transpose(2, 3)
     if bias is not None:

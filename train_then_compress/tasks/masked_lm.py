@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train_then_compress.config import Config, CorpusConfig, RobertaConfig
@@ -16,10 +15,11 @@ from train_then_compress.config import MaskedLMTask as TaskSettings
 from train_then_compress.cost.flops import EVALUATION_MASK_RATE, forward_flops
 from train_then_compress.data.masked import MaskedBatch, Sequences, TrainingBatches, evaluation_batch
 from train_then_compress.data.prepare import PAD, Prepared
-from train_then_compress.evaluation.predictions import IGNORED, fill_up, perplexity, prediction_facts, prediction_sums
+from train_then_compress.evaluation.predictions import fill_up, perplexity, prediction_facts, prediction_sums
 from train_then_compress.models.roberta import MaskedLM
 from train_then_compress.tasks.base import ConfiguredTask
 from train_then_compress.training import parallel
+from train_then_compress.training.cross_entropy import cross_entropy
 from train_then_compress.training.task import Counts, Quality
 
 
@@ -100,8 +100,7 @@ class MaskedLMTask(ConfiguredTask[MaskedLM]):
 
     def loss(self, model: nn.Module, part: Part) -> tuple[Tensor, int]:
         """Summed cross-entropy at the masked positions, and their number."""
-        logits = self.logits(model, part)
-        return F.cross_entropy(logits.float(), part.targets, ignore_index=IGNORED, reduction="sum"), part.terms
+        return cross_entropy(self.logits(model, part), part.targets), part.terms
 
     def evaluate(self, model: nn.Module, split: str) -> Quality:
         """Quality on fixed 15 % masks; the ranks share the work."""

@@ -25,7 +25,7 @@ from train_then_compress.evaluation.translation import translate
 from train_then_compress.models.transformer import Translator
 from train_then_compress.tasks.base import ConfiguredTask
 from train_then_compress.training import parallel
-from train_then_compress.training.smoothing import smoothed_cross_entropy
+from train_then_compress.training.cross_entropy import cross_entropy
 from train_then_compress.training.task import Counts, Quality
 
 #: Source positions decoded in one batch.
@@ -132,8 +132,7 @@ class TranslationTask(ConfiguredTask[Translator]):
 
     def loss(self, model: nn.Module, part: Part) -> tuple[Tensor, int]:
         """Summed label-smoothed cross-entropy of the target tokens, and their number."""
-        logits = self.logits(model, part).float()
-        return smoothed_cross_entropy(logits, part.targets, self.smoothing), part.terms
+        return cross_entropy(self.logits(model, part), part.targets, self.smoothing), part.terms
 
     def evaluate(self, model: nn.Module, split: str) -> Quality:
         """Quality on a split (its first pairs where the config has a limit); the ranks share the work."""
