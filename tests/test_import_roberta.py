@@ -106,6 +106,21 @@ def test_a_checkpoint_that_fairseq_wrote_has_its_logits(published: Path, hub: An
     assert_same_logits(hub, published)
 
 
+def test_an_untied_output_is_read_as_such(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``--untie-weights-roberta`` makes, and that its output is another matrix."""
+    from fairseq.models.roberta import RobertaModel
+
+    def untie(state: dict[str, Any]) -> None:
+        state["cfg"]["model"].untie_weights_roberta = True
+        weight = state["model"]["encoder.lm_head.weight"]
+        state["model"]["encoder.lm_head.weight"] = weight + 0.1 * torch.randn_like(weight)
+
+    directory = copied(published, tmp_path, untie)
+    assert not read_roberta(directory).model.config.tied and read_roberta(published).model.config.tied
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    assert_same_logits(RobertaModel.from_pretrained(str(directory), bpe="hf_byte_bpe").eval(), directory)
+
+
 def test_names_of_earlier_releases_are_known(published: Path, hub: Any, tmp_path: Path) -> None:
     """The form of roberta.base: fused projections, other prefixes, arguments in a Namespace, GPT-2's file names."""
 

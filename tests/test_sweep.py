@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import platform
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -63,3 +65,22 @@ def test_a_runs_process_that_is_told_nothing_ends(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sys, "argv", ["run"])
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     assert run.main() == 0
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators ignore the variables")
+def test_a_runs_process_keeps_the_memory_it_frees() -> None:
+    """64 MB again and again: 16,384 pages, which the kernel clears when they are touched for the first time."""
+    code = """
+import resource
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    bytearray(64 << 20)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    kept = {name: value for name, value in sweep.environment(1).items() if name in plain or "MALLOC_" in name}
+    faults = [
+        [int(line) for line in subprocess.check_output([sys.executable, "-c", code], env=env).splitlines()]
+        for env in (plain, kept)
+    ]
+    assert min(faults[0]) > 1000 and faults[1][0] > 1000 and max(faults[1][1:]) < 100

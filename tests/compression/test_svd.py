@@ -26,9 +26,12 @@ from train_then_compress.models.factored import Factored
 SHAPE = RobertaConfig(depth=2, width=32, head_size=8)
 SHAPES: list[dict[str, Any]] = [
     {"norm": "pre"}, {"norm": "post"}, {"positions": "rotary"}, {"positions": "sinusoidal", "norm": "post"},
+    {"tied": False},
 ]  # fmt: skip
 #: By kind of model, the linear layers inside its layers.
 LAYERS = {"mlm": 8, "classification": 8, "translation": 2 * 4 + 2 * 7}
+#: By kind of model, embeddings of tokens where they are not tied.
+UNTIED = {"mlm": 2, "classification": 1, "translation": 3}
 PLAIN = Svd(weighting="none")
 PLAIN_EVERYWHERE = Svd(weighting="none", embeddings=True)
 
@@ -165,12 +168,12 @@ def test_by_energy_a_matrix_stays_where_factors_are_larger(small: Any) -> None:
 def test_logits_are_those_of_the_dense_model_with_the_products(
     small: Any, kind: str, shape: dict[str, Any], config: Svd
 ) -> None:
-    """Of the tied embedding in both uses; each product is numpy's best of its rank."""
+    """Of a tied embedding in both uses; each product is numpy's best of its rank."""
     dense = small(kind, **shape).double()
     compressed = Compressed(copy.deepcopy(dense))
     factorize(compressed, 50, config, {})
     before, names = small.logits(dense), factorable(dense, config.embeddings)
-    assert len(names) == LAYERS[kind] + config.embeddings
+    assert len(names) == LAYERS[kind] + config.embeddings * (1 if shape.get("tied", True) else UNTIED[kind])
     assert list(names) == list(factorable(compressed.model, config.embeddings))
     with torch.no_grad():
         for (name, module), rank in zip(names.items(), compressed.structure[0]["ranks"], strict=True):
@@ -278,11 +281,12 @@ def test_the_packed_file_gives_the_model_back_and_is_smaller(
 
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("embeddings", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("before", [None, "structured"])
 def test_flops_are_those_of_the_products_that_are_made(
-    small: Any, kind: str, embeddings: bool, before: str | None
+    small: Any, kind: str, embeddings: bool, tied: bool, before: str | None
 ) -> None:
-    compressed = Compressed(small(kind))
+    compressed = Compressed(small(kind, tied=tied))
     dense, _ = small.flops(compressed.model)
     if before:
         shrink(compressed, 0.3, Structured(scope="global"), magnitude_scores(compressed.model))

@@ -24,10 +24,10 @@ SHAPES = [
 ]
 
 
-def measured(shape: tuple[int, ...], positions: str, backward: bool) -> tuple[int, ForwardFlops]:
+def measured(shape: tuple[int, ...], positions: str, backward: bool, tied: bool = True) -> tuple[int, ForwardFlops]:
     """What torch counts for a forward pass, with or without a backward pass, and our count for the model."""
     depth, width, head_size, length, sequences, predictions = shape
-    config = RobertaConfig(depth=depth, width=width, head_size=head_size, positions=positions)  # type: ignore[arg-type]
+    config = RobertaConfig(depth=depth, width=width, head_size=head_size, positions=positions, tied=tied)  # type: ignore[arg-type]
     model = MaskedLM(config, VOCABULARY, length).eval()  # in training it spares itself most of the last layer
     tokens = torch.randint(5, VOCABULARY, (sequences, length))
     # The math backend makes plain products, which the counter sees; it does not know the CPU's fused attention.
@@ -38,10 +38,12 @@ def measured(shape: tuple[int, ...], positions: str, backward: bool) -> tuple[in
     return counter.get_total_flops(), forward_flops(model)
 
 
-@pytest.mark.parametrize("positions", ["learned", "rotary"])
+@pytest.mark.parametrize("positions, tied", [("learned", True), ("rotary", True), ("learned", False)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_forward_flops_are_those_of_the_products_that_are_made(shape: tuple[int, ...], positions: str) -> None:
-    counted, flops = measured(shape, positions, backward=False)
+def test_forward_flops_are_those_of_the_products_that_are_made(
+    shape: tuple[int, ...], positions: str, tied: bool
+) -> None:
+    counted, flops = measured(shape, positions, backward=False, tied=tied)
     length, sequences, predictions = shape[3:]
     assert flops.per_token(length) * sequences * length + flops.per_prediction * predictions == counted
 
@@ -55,18 +57,18 @@ def test_training_flops_are_three_forward_passes(shape: tuple[int, ...], positio
 
 
 @pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("positions", ["learned", "rotary"])
+@pytest.mark.parametrize("positions, tied", [("learned", True), ("rotary", True), ("learned", False)])
 @pytest.mark.parametrize(
     "depths, width, head_size, source, target, predictions",
     [((1, 1), 16, 8, (2, 12), (2, 9), 3), ((3, 2), 48, 16, (4, 5), (4, 21), 84), ((1, 4), 64, 64, (1, 30), (1, 1), 1)],
 )  # fmt: skip
 def test_a_translators_flops_are_those_of_the_products_that_are_made(
     depths: tuple[int, int], width: int, head_size: int, source: tuple[int, int], target: tuple[int, int],
-    predictions: int, positions: str, backward: bool,
+    predictions: int, positions: str, tied: bool, backward: bool,
 ) -> None:  # fmt: skip
     """And by a formula: 12 width^2 a layer of the encoder, 16 of the decoder, 4 width for a pair of positions."""
     config = TransformerConfig(encoder_depth=depths[0], decoder_depth=depths[1], width=width, head_size=head_size,
-                               positions=positions)  # type: ignore[arg-type]  # fmt: skip
+                               positions=positions, tied=tied)  # type: ignore[arg-type]  # fmt: skip
     model = Translator(config, VOCABULARY, 32)
     texts = (torch.randint(5, VOCABULARY, shape) for shape in (source, target))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

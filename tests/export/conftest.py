@@ -55,11 +55,12 @@ def point_of(build_config: Callable[..., Config], prepared: Prepared, labelled_f
 def let_translations_end(model: Translator) -> None:
     """Make ``</s>`` the likeliest token at three of five positions: a beam finds translations of several lengths."""
     last = [module for module in model.decoder.modules() if isinstance(module, nn.LayerNorm)][-1]
-    norms = model.embedding.weight.norm(dim=1)
-    model.embedding.weight[EOS] *= 1.1 * norms.max() / norms[EOS]  # the longest gains most by its own direction
+    scoring = (model.embedding if model.config.tied else model.output_embedding).weight
+    norms = scoring.norm(dim=1)
+    scoring[EOS] *= 1.1 * norms.max() / norms[EOS]  # the longest gains most by its own direction
     source, target = (torch.randint(MASK + 1, len(model.embedding.weight), (16, 12)) for _ in range(2))
     while (model(source, target, torch.arange(target.numel())).argmax(dim=1) == EOS).float().mean() < 0.6:
-        last.bias += 0.1 * model.embedding.weight[EOS]
+        last.bias += 0.1 * scoring[EOS]
 
 
 def batch_of(ends: list[int], length: int) -> Tensor:

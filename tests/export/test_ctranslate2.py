@@ -57,13 +57,19 @@ def theirs(
     return [[words.index(word) for word in result.hypotheses[0]] for result in found]
 
 
-@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("norm, tied", [("pre", True), ("post", True), ("pre", False)])
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rotary"])
 @pytest.mark.parametrize("beam", [1, 4])
 def test_translations_are_ours(
-    norm: str, positions: str, beam: int, point_of: Callable[..., Point], sources: list[list[int]], tmp_path: Path
+    norm: str,
+    tied: bool,
+    positions: str,
+    beam: int,
+    point_of: Callable[..., Point],
+    sources: list[list[int]],
+    tmp_path: Path,
 ) -> None:
-    point = point_of("translation", norm=norm, positions=positions)
+    point = point_of("translation", norm=norm, positions=positions, tied=tied)
     float32.write(point, tmp_path)
     expected = [hypothesis.tokens for hypothesis in ours(point, sources, beam, penalty=0)]
     # What is cut off has lost its </s> there and, in a beam, the score of it.

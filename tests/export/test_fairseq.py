@@ -40,12 +40,12 @@ def hub(directory: Path) -> Any:
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
-@pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
+@pytest.mark.parametrize("positions, tied", [("learned", True), ("sinusoidal", True), ("learned", False)])
 def test_a_masked_lms_logits_are_ours(
-    norm: str, positions: str, point_of: Callable[..., Point], tmp_path: Path, batches: list[torch.Tensor],
+    norm: str, positions: str, tied: bool, point_of: Callable[..., Point], tmp_path: Path, batches: list[torch.Tensor],
     assert_agrees: Callable[..., None],
 ) -> None:  # fmt: skip
-    point = point_of("mlm", norm=norm, positions=positions)
+    point = point_of("mlm", norm=norm, positions=positions, tied=tied)
     write(point, tmp_path)
     model = hub(tmp_path).model
     for tokens in batches:
@@ -83,11 +83,13 @@ def test_fairseq_validates_a_masked_lm(masked_lm_run: Path, text_file: Path, tmp
     assert float(loss) < math.log2(400), "in bits: better than guessing"
 
 
-@pytest.mark.parametrize("norm, positions", [("pre", "learned"), ("post", "sinusoidal")])
+@pytest.mark.parametrize(
+    "norm, positions, tied", [("pre", "learned", True), ("post", "sinusoidal", True), ("pre", "sinusoidal", False)]
+)
 def test_fairseq_generates_our_hypotheses(
-    norm: str, positions: str, point_of: Callable[..., Point], tmp_path: Path
+    norm: str, positions: str, tied: bool, point_of: Callable[..., Point], tmp_path: Path
 ) -> None:
-    point = point_of("translation", norm=norm, positions=positions)
+    point = point_of("translation", norm=norm, positions=positions, tied=tied)
     write(point, tmp_path)
     generator = torch.Generator().manual_seed(3)
     sources = [torch.randint(MASK + 1, 300, (n,), generator=generator).tolist() for n in (3, 9, 14, 1, 6, 11, 20, 4)]

@@ -38,12 +38,12 @@ def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("task", ["mlm", "classification"])
 @pytest.mark.parametrize("norm, kind", [("pre", "RobertaPreLayerNorm"), ("post", "Roberta")])
-@pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
+@pytest.mark.parametrize("positions, tied", [("learned", True), ("sinusoidal", True), ("learned", False)])
 def test_logits_are_ours(
     transformers: ModuleType, point_of: Callable[..., Point], tmp_path: Path, assert_agrees: Callable[..., None],
-    task: str, norm: str, kind: str, positions: str, batches: list[Tensor],
+    task: str, norm: str, kind: str, positions: str, tied: bool, batches: list[Tensor],
 ) -> None:  # fmt: skip
-    point = point_of(task, norm=norm, positions=positions)
+    point = point_of(task, norm=norm, positions=positions, tied=tied)
     write(point, tmp_path)
     model = loaded(transformers, task, tmp_path)
     assert type(model).__name__ == kind + AUTO[task].removeprefix("AutoModel")

@@ -42,10 +42,11 @@ def outputs(task: Any, model: nn.Module) -> Tensor:
     "name, kind",
     [("mlm", FairseqMaskedLM), ("classification", FairseqClassifier), ("translation", FairseqTranslator)],
 )
+@pytest.mark.parametrize("tied", [True, False])
 def test_a_models_own_parameters_compute_in_fairseqs_modules(
-    name: str, kind: type[nn.Module], build_task: BuildTask
+    name: str, kind: type[nn.Module], tied: bool, build_task: BuildTask
 ) -> None:
-    shape = {"positions": "learned", "dropout": 0.0}
+    shape = {"positions": "learned", "dropout": 0.0, "tied": tied}
     native = build_task(name, model=shape, task={"name": name} | ({"dropout": 0.0} if name == "classification" else {}))
     task = build_task(name, model={**shape, "impl": "fairseq"}, task=dataclasses.asdict(native.config.task))
     ours, theirs = native.new_model(), task.new_model()

@@ -88,34 +88,42 @@ def assert_same(
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(("depth", "width", "head_size"), SHAPES)
 def test_masked_lm_has_fairseqs_logits_and_gradients(
-    norm: str, positions: str, depth: int, width: int, head_size: int
+    norm: str, positions: str, tied: bool, depth: int, width: int, head_size: int
 ) -> None:
     torch.manual_seed(0)
-    config = RobertaConfig(depth=depth, width=width, head_size=head_size, norm=norm, positions=positions)  # type: ignore[arg-type]
+    config = RobertaConfig(depth=depth, width=width, head_size=head_size, norm=norm, positions=positions, tied=tied)  # type: ignore[arg-type]
     models = MaskedLM(config, VOCABULARY, LENGTH), RobertaAtPlaces(config, VOCABULARY, LENGTH)
     assert_same(*models, ROBERTA, masked_lm_batch)
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(("depth", "width", "head_size"), SHAPES)
 def test_translator_has_fairseqs_logits_and_gradients(
-    norm: str, positions: str, depth: int, width: int, head_size: int
+    norm: str, positions: str, tied: bool, depth: int, width: int, head_size: int
 ) -> None:
     torch.manual_seed(0)
     config = TransformerConfig(depth=depth, decoder_depth=2, width=width, head_size=head_size, norm=norm,
-                               positions=positions, dropout=0.0)  # type: ignore[arg-type]  # fmt: skip
+                               positions=positions, tied=tied, dropout=0.0)  # type: ignore[arg-type]  # fmt: skip
     models = Translator(config, VOCABULARY, LENGTH), TransformerAtPlaces(config, VOCABULARY, LENGTH)
     assert_same(*models, TRANSFORMER, translation_batch)
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
-def test_our_weights_load_into_fairseqs_models_and_come_back(norm: str) -> None:
+@pytest.mark.parametrize("tied", [True, False])
+def test_our_weights_load_into_fairseqs_models_and_come_back(norm: str, tied: bool) -> None:
     for config, ours, make, names in (
-        (RobertaConfig(depth=2, width=32, head_size=16, norm=norm), MaskedLM, roberta, ROBERTA),  # type: ignore[arg-type]
-        (TransformerConfig(depth=2, width=32, head_size=16, norm=norm), Translator, transformer, TRANSFORMER),  # type: ignore[arg-type]
+        (RobertaConfig(depth=2, width=32, head_size=16, norm=norm, tied=tied), MaskedLM, roberta, ROBERTA),  # type: ignore[arg-type]
+        (
+            TransformerConfig(depth=2, width=32, head_size=16, norm=norm, tied=tied),
+            Translator,
+            transformer,
+            TRANSFORMER,
+        ),  # type: ignore[arg-type]
     ):
         model = ours(config, VOCABULARY, LENGTH)  # type: ignore[arg-type]
         randomize(model)

@@ -53,14 +53,14 @@ def targets(lengths: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize("positions", ["sinusoidal", "learned", "rotary"])
-@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("norm, tied", [("pre", True), ("post", True), ("pre", False)])
 @settings(max_examples=10)
 @given(st.lists(st.integers(2, 14), min_size=1, max_size=4), st.integers(1, 18), st.integers(0, 99))
 def test_steps_give_what_the_whole_gives_also_when_rows_are_reordered(
-    positions: str, norm: str, lengths: list[int], steps: int, seed: int
+    positions: str, norm: str, tied: bool, lengths: list[int], steps: int, seed: int
 ) -> None:
     """Two hypotheses a sentence, shuffled after every step as in a beam search; the cache grows past its first room."""
-    model = translator(shape(positions=positions, norm=norm))
+    model = translator(shape(positions=positions, norm=norm, tied=tied))
     generator = torch.Generator().manual_seed(seed)
     source = padded(lengths, 1)
     with torch.inference_mode():

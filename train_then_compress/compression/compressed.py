@@ -95,7 +95,7 @@ def rebuild(model: nn.Module, entry: dict[str, Any]) -> nn.Module:
 
 
 def matrices(model: nn.Module, embeddings: bool) -> dict[str, Tensor]:
-    """The weight matrices that compression works on: of every linear layer and, by choice, of the token embedding.
+    """The weight matrices that compression works on: of every linear layer and, by choice, of embeddings of tokens.
 
     Biases, normalizations and position tables are left alone. A factored embedding has two matrices.
     """

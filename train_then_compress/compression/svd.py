@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from train_then_compress.compression.bench import Bench
 from train_then_compress.compression.calibration import second_moments
 from train_then_compress.compression.compressed import Compressed
-from train_then_compress.config.parts import in_embedding, in_layers
+from train_then_compress.config.parts import EMBEDDINGS, in_layers
 from train_then_compress.config.recipes import Step
 from train_then_compress.config.steps import Svd
 from train_then_compress.models.factored import Factored, FactoredEmbedding
@@ -70,15 +70,14 @@ def rebuild(model: nn.Module, entry: dict[str, Any]) -> nn.Module:
 
 
 def factorable(model: nn.Module, embeddings: bool) -> dict[str, nn.Module]:
-    """By name, linear layers inside layers and, by choice, the token embedding, factored already or not."""
+    """By name, linear layers inside layers and, by choice, embeddings of tokens, factored already or not."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         inside_factored = name.rpartition(".")[0] in found
         if in_layers(name) and isinstance(module, nn.Linear | Factored) and not inside_factored:
             found[name] = module
     if embeddings:
-        name = next(name for name, _ in model.named_modules() if in_embedding(name))
-        found[name] = model.get_submodule(name)
+        found |= {name: module for name, module in model.named_modules() if name.rpartition(".")[2] in EMBEDDINGS}
     return found
 
 
@@ -118,7 +117,7 @@ def _matrix(module: nn.Module) -> Tensor:
 
 
 def _factored(module: nn.Module, rank: int) -> nn.Module:
-    """A module of that rank for a linear layer, whose bias it gets, or for the embedding; its weights come later."""
+    """A module of that rank for a linear layer, whose bias it gets, or for a look-up; its weights come later."""
     outputs, inputs = _matrix(module).shape
     if isinstance(module, nn.Linear | Factored):
         factored = Factored(inputs, outputs, rank)

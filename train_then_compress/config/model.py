@@ -13,6 +13,8 @@ from train_then_compress.config.base import config_dataclass, reject
 class ModelShape:
     """What every Transformer has: layers of ``width`` units, FFN of ``4 * width``.
 
+    ``tied``: scores of tokens are made by the matrix that tokens are looked up in (Press & Wolf 2017), in a translator
+    one for both languages; else by a matrix of their own, and a translator looks up either language in another.
     ``impl``: whose code computes; ``fairseq`` holds the same parameters under the same names.
     """
 
@@ -21,6 +23,7 @@ class ModelShape:
     positions: Literal["learned", "sinusoidal", "rotary"] = "learned"
     norm: Literal["pre", "post"] = "pre"
     dropout: float = Field(0.0, ge=0, lt=1)
+    tied: bool = True
     impl: Literal["native", "fairseq"] = "native"
 
     @property
@@ -57,8 +60,9 @@ class RobertaConfig(ModelShape):
         return str(self.depth)
 
     def matrix_weights(self, vocab_size: int) -> int:
-        """Weights in matrices: 12 width^2 a layer, the token embedding and the head's dense layer."""
-        return self.depth * 12 * self.width**2 + (vocab_size + self.width) * self.width
+        """Weights in matrices: 12 width^2 a layer, the embedding or both, the head's dense layer."""
+        embeddings = 1 if self.tied else 2
+        return self.depth * 12 * self.width**2 + (embeddings * vocab_size + self.width) * self.width
 
 
 @config_dataclass
@@ -98,9 +102,9 @@ class TransformerConfig(ModelShape):
         return ".".join(map(str, dict.fromkeys(self.depths)))
 
     def matrix_weights(self, vocab_size: int) -> int:
-        """Weights in matrices: 12 width^2 an encoder layer, 16 width^2 a decoder layer, the embedding."""
+        """Weights in matrices: 12 width^2 an encoder layer, 16 width^2 a decoder layer, one embedding or three."""
         layers = 12 * self.encoder_layers + 16 * self.decoder_layers
-        return layers * self.width**2 + vocab_size * self.width
+        return layers * self.width**2 + (1 if self.tied else 3) * vocab_size * self.width
 
 
 def _architecture(value: Any) -> str:

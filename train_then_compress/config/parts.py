@@ -6,9 +6,13 @@ from __future__ import annotations
 SIDES = ("encoder", "decoder")
 
 
+#: What has a row for each token: looked up (a translation's target in its own, if there is one), or scoring tokens.
+EMBEDDINGS = {"embedding", "target_embedding", "output_embedding"}
+
+
 def in_embedding(name: str) -> bool:
-    """Whether it belongs to the token embedding, of full rank or factored."""
-    return "embedding" in name.split(".")
+    """Whether it belongs to an embedding of tokens, of full rank or factored."""
+    return not EMBEDDINGS.isdisjoint(name.split("."))
 
 
 def in_layers(name: str) -> bool:

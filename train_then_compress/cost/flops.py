@@ -61,27 +61,32 @@ class ForwardFlops:
 def forward_flops(model: nn.Module, nonzero: bool = False) -> ForwardFlops:
     """Counted from the shapes that a model really has; what is neither a layer nor an embedding predicts.
 
-    The masked LM predicts with its head and its tied embedding, a classifier with its head, a translator with its tied
-    embedding; a factored embedding also multiplies for each position. ``nonzero`` counts only products with a non-zero
-    weight: what an ideal sparse engine would compute. No engine here does: never a speed-up.
+    The masked LM predicts with its head and its embedding, a classifier with its head, a translator with its embedding:
+    that of the output, or the one that is tied to it; a factored embedding that is looked up also multiplies for each
+    position. ``nonzero`` counts only products with a non-zero weight: what an ideal sparse engine would compute. No
+    engine here does: never a speed-up.
     """
 
     def weights(matrix: Tensor) -> int:
         return int(matrix.count_nonzero()) if nonzero else matrix.numel()
 
-    tied = not hasattr(model, "projection")
+    looked_up = {"embedding": ["token", "target"], "target_embedding": ["target"], "output_embedding": []}
+    if hasattr(model, "target_embedding"):
+        looked_up["embedding"] = ["token"]
+    output = "output_embedding" if hasattr(model, "output_embedding") else "embedding"
+    predicts = {None} if hasattr(model, "projection") else {None, output}
     predicting = 0
     matrices, attention = {"token": 0, "target": 0}, {"token": 0, "target": 0, "source": 0}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):
-            count = weights(module.weight)
+            count, embedding = weights(module.weight), next(filter(in_embedding, name.split(".")), None)
             if in_layers(name):
                 matrices["target" if reads_target(name) else "token"] += count
-            elif in_embedding(name) and isinstance(module, nn.Linear):
-                matrices["token"] += count
-                matrices["target"] += count
-            if not in_layers(name) and (tied or not in_embedding(name)):
+            elif embedding in predicts:
                 predicting += count
+            if embedding is not None and isinstance(module, nn.Linear):
+                for place in looked_up[embedding]:
+                    matrices[place] += count
         elif hasattr(module, "heads"):
             place = ("source" if name.endswith("cross_attention") else "target") if reads_target(name) else "token"
             attention[place] += module.heads * module.head_size

@@ -58,6 +58,9 @@ def _specification(model: Translator, never: list[int]) -> Any:
         sides.append(side)
     encoder, decoder = sides
     encoder.embeddings[0].weight = decoder.embeddings.weight = decoder.projection.weight = model.embedding.weight
+    if not config.tied:
+        decoder.embeddings.weight = model.target_embedding.weight
+        decoder.projection.weight = model.output_embedding.weight
     decoder.projection.bias = torch.zeros(len(model.embedding.weight))
     decoder.projection.bias[never] = -1e9
     if config.positions == "rotary":

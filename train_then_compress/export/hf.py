@@ -47,7 +47,7 @@ def settings(model: MaskedLM | Classifier, labels: list[str] | None = None) -> d
         "intermediate_size": 4 * config.width, "hidden_act": "gelu", "type_vocab_size": 1,
         "max_position_embeddings": encoder.length + _BEFORE_POSITIONS, "layer_norm_eps": 1e-5,
         "hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.dropout,
-        "bos_token_id": BOS, "pad_token_id": PAD, "eos_token_id": EOS, "tie_word_embeddings": True,
+        "bos_token_id": BOS, "pad_token_id": PAD, "eos_token_id": EOS, "tie_word_embeddings": config.tied,
     }  # fmt: skip
     if labels:
         described |= {
@@ -73,8 +73,8 @@ def weights(model: MaskedLM | Classifier) -> dict[str, Tensor]:
     }  # fmt: skip
     outside = {"encoder.embedding_norm": f"{prefix}.embeddings.LayerNorm", "encoder.final_norm": f"{prefix}.LayerNorm"}
     if isinstance(model, MaskedLM):
-        theirs["lm_head.bias"] = ours.pop("bias")
-        outside |= {"head": "lm_head.dense", "head_norm": "lm_head.layer_norm"}
+        theirs["lm_head.bias"] = ours.pop("bias") if model.config.tied else ours["output_embedding.bias"]
+        outside |= {"head": "lm_head.dense", "head_norm": "lm_head.layer_norm", "output_embedding": "lm_head.decoder"}
     else:
         outside |= {"head": "classifier.dense", "projection": "classifier.out_proj"}
     for name, value in ours.items():

@@ -32,7 +32,7 @@ class Factored(nn.Module):
 
 
 class FactoredEmbedding(nn.Module):
-    """A token embedding of low rank (Lan et al. 2020, section 3.1), and the output projection tied to it."""
+    """A token embedding of low rank (Lan et al. 2020, section 3.1), and a tied output."""
 
     def __init__(self, vocab_size: int, width: int, rank: int):
         super().__init__()

@@ -37,7 +37,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dr
 
 
 class TokenEmbedding(nn.Embedding):
-    """Token ids to vectors and, tied, vectors to a score for each token (Press & Wolf 2017)."""
+    """Token ids to vectors and, where they are tied, vectors to a score for each token (Press & Wolf 2017)."""
 
     def project(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[.., width] -> [.., vocabulary]."""

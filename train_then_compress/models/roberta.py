@@ -1,4 +1,4 @@
-"""RoBERTa (Liu et al. 2019): encoder; as a masked language model, with tied output embedding; as a classifier."""
+"""RoBERTa (Liu et al. 2019): encoder; as a masked language model; as a classifier."""
 
 from __future__ import annotations
 
@@ -89,7 +89,8 @@ class Encoder(nn.Module):
 
 
 class MaskedLM(nn.Module):
-    """The encoder with RoBERTa's head; logits are computed at the asked-for positions only."""
+    """The encoder with RoBERTa's head; logits are computed at the asked-for positions only, by the token embedding or,
+    untied, by an output embedding."""
 
     def __init__(self, config: RobertaConfig, vocab_size: int, length: int):
         super().__init__()
@@ -97,13 +98,19 @@ class MaskedLM(nn.Module):
         self.encoder = Encoder(config, vocab_size, length)
         self.head = nn.Linear(config.width, config.width)
         self.head_norm = nn.LayerNorm(config.width)
-        self.bias = nn.Parameter(torch.zeros(vocab_size))
+        if config.tied:
+            self.bias = nn.Parameter(torch.zeros(vocab_size))
+        else:
+            self.output_embedding = nn.Linear(config.width, vocab_size)
         initialize(self, self.encoder)
 
     def forward(self, tokens: Tensor, where: Tensor, padded: bool = True) -> Tensor:
         """``tokens`` int64 [batch, length], ``where`` int64 [n] into the flattened batch -> logits [n, vocabulary]."""
-        hidden = self.encoder.at(tokens, where, padded)
-        return self.encoder.embedding.project(self.head_norm(F.gelu(self.head(hidden))), self.bias)
+        hidden = self.head_norm(F.gelu(self.head(self.encoder.at(tokens, where, padded))))
+        if self.config.tied:
+            return self.encoder.embedding.project(hidden, self.bias)
+        logits: Tensor = self.output_embedding(hidden)
+        return logits
 
 
 class Classifier(nn.Module):

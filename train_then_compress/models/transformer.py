@@ -1,21 +1,25 @@
-"""The Transformer for translation (Vaswani et al. 2017): encoder, decoder with caches, one embedding for everything."""
+"""The Transformer for translation (Vaswani et al. 2017): encoder, decoder with caches, embeddings tied or not."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train_then_compress.config.model import TransformerConfig
+from train_then_compress.config.parts import EMBEDDINGS
 from train_then_compress.data.prepare import PAD
 from train_then_compress.models.cache import Cache, Memory, RaggedCache
 from train_then_compress.models.dropout import Dropout
 from train_then_compress.models.factored import FactoredEmbedding
 from train_then_compress.models.layers import EncoderLayer, Rotation, TokenEmbedding, attention
 from train_then_compress.models.positions import rotary_angles, sinusoidal
+
+Side = Literal["source", "target"]
 
 #: fairseq numbers positions from padding index + 1.
 _FIRST_POSITION = PAD + 1
@@ -107,7 +111,8 @@ class Stack(nn.Module):
 class Translator(nn.Module):
     """Source tokens and the target's beginning to logits of the target's next token.
 
-    One embedding for source, target and output, scaled by sqrt(width) where it is read (Vaswani et al., section 3.4).
+    One embedding for source, target and output or, untied, one for each; scaled by sqrt(width) where it is looked up
+    (Vaswani et al., section 3.4).
     """
 
     positions: Tensor
@@ -118,6 +123,9 @@ class Translator(nn.Module):
         super().__init__()
         self.config, self.length = config, length
         self.embedding: TokenEmbedding | FactoredEmbedding = TokenEmbedding(vocab_size, config.width, PAD)
+        if not config.tied:
+            self.target_embedding: nn.Module = TokenEmbedding(vocab_size, config.width, PAD)
+            self.output_embedding = nn.Linear(config.width, vocab_size, bias=False)
         if config.positions == "learned":
             self.source_positions = nn.Parameter(torch.empty(length, config.width))
             self.target_positions = nn.Parameter(torch.empty(length, config.width))
@@ -134,14 +142,19 @@ class Translator(nn.Module):
         self.decoder = Stack(config, config.decoder_layers, decoder=True)
         initialize(self)
 
-    def _embed(self, tokens: Tensor, table: Tensor | None, start: int) -> Tensor:
-        x = self.embedding(tokens) * math.sqrt(self.config.width)
-        if table is not None:
-            x = x + table[start : start + tokens.shape[-1]]
-        return self.dropout(x)
+    def _embed(self, tokens: Tensor, side: Side, positions: Tensor | slice) -> Tensor:
+        embedding = self.embedding if side == "source" or self.config.tied else self.target_embedding
+        x: Tensor = embedding(tokens) * math.sqrt(self.config.width)
+        if self.config.positions == "rotary":
+            return x
+        table: Tensor = getattr(self, f"{side}_positions")
+        return x + table[positions]
 
-    def _table(self, side: str) -> Tensor | None:
-        return None if self.config.positions == "rotary" else getattr(self, f"{side}_positions")
+    def _project(self, hidden: Tensor) -> Tensor:
+        if self.config.tied:
+            return self.embedding.project(hidden)
+        logits: Tensor = self.output_embedding(hidden)
+        return logits
 
     def _rotation(self, start: int, end: int) -> Rotation | None:
         return (self.cosine[start:end], self.sine[start:end]) if self.config.positions == "rotary" else None
@@ -149,7 +162,7 @@ class Translator(nn.Module):
     def encode(self, source: Tensor) -> tuple[Tensor, Tensor]:
         """int64 [sentences, length], padded at the end -> hidden states [sentences, length, width] and the bias that
         keeps attention off padding, [sentences, 1, 1, length]."""
-        x = self._embed(source, self._table("source"), 0)
+        x = self.dropout(self._embed(source, "source", slice(source.shape[1])))
         bias = torch.zeros_like(source, dtype=x.dtype).masked_fill(source == PAD, -math.inf)[:, None, None, :]
         rotation = self._rotation(0, source.shape[1])
         for layer in self.encoder:
@@ -161,14 +174,14 @@ class Translator(nn.Module):
         position sees only itself and those before it."""
         encoded, source_bias = self.encode(source)
         length = target.shape[1]
-        x = self._embed(target, self._table("target"), 0)
+        x = self.dropout(self._embed(target, "target", slice(length)))
         future = torch.full((length, length), -math.inf, dtype=x.dtype, device=x.device).triu(1)
         rotation = self._rotation(0, length)
         for layer in self.decoder:
             key, value = layer.cross_attention.remember(encoded)
             x = layer(x, future, rotation, (key, value, source_bias))
         hidden = self.decoder.final_norm(x).flatten(0, 1).index_select(0, where)
-        return self.embedding.project(hidden)
+        return self._project(hidden)
 
     def remember(self, source: Tensor) -> Memory:
         """Encode sources [sentences, length] for decoding."""
@@ -194,27 +207,28 @@ class Translator(nn.Module):
         [sentences, hypotheses]; those before it are in the cache. With a `RaggedCache`: after each of a sentence's
         last tokens, int64 [sentences, positions]."""
         positions = cache.begin(tokens)
-        table = self._table("target")
-        x = self.embedding(tokens) * math.sqrt(self.config.width)
-        if table is not None:
-            x = x + table[positions]
+        x = self._embed(tokens, "target", positions)
         rotation = None
         if self.config.positions == "rotary":
             rotation = self.cosine[positions][:, None], self.sine[positions][:, None]
         for number, layer in enumerate(self.decoder):
             x = layer.step(x, number, cache, rotation, (memory.keys[number], memory.values[number], memory.bias))
-        return self.embedding.project(self.decoder.final_norm(x))
+        return self._project(self.decoder.final_norm(x))
 
 
 def initialize(model: Translator) -> None:
-    """Glorot-uniform matrices, the embedding normal with standard deviation width^-0.5 (fairseq's Transformer)."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
+    """Glorot-uniform matrices, embeddings normal with standard deviation width^-0.5 (fairseq's Transformer)."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name not in EMBEDDINGS:
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
-    nn.init.normal_(model.embedding.weight, std=model.config.width**-0.5)
+    for name, module in model.named_modules():
+        if name in EMBEDDINGS:
+            nn.init.normal_(module.weight, std=model.config.width**-0.5)
     if model.config.positions == "learned":
         nn.init.normal_(model.source_positions, std=model.config.width**-0.5)
         nn.init.normal_(model.target_positions, std=model.config.width**-0.5)
     with torch.no_grad():
-        model.embedding.weight[PAD].zero_()
+        for module in model.children():
+            if isinstance(module, TokenEmbedding):
+                module.weight[PAD].zero_()

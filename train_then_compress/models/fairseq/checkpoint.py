@@ -75,7 +75,12 @@ def _model(state: dict[str, Any], order: list[int]) -> MaskedLM:
     length = settings.get("max_positions", 512) if positions is None else len(positions) - FIRST_POSITION
     model = MaskedLM(_config(settings), rows, length)
     weights = from_fairseq(theirs, ROBERTA, model.state_dict())
-    for name in ("encoder.embedding.weight", "bias"):
+    for name in {
+        "encoder.embedding.weight",
+        "bias",
+        "output_embedding.weight",
+        "output_embedding.bias",
+    } & weights.keys():
         weights[name] = weights[name][order]
     model.load_state_dict(weights)
     return model.eval()
@@ -100,7 +105,7 @@ def _config(settings: dict[str, Any]) -> RobertaConfig:
         depth=settings.get("encoder_layers", 12), width=width, head_size=width // heads,
         norm="pre" if settings.get("encoder_normalize_before") else "post",
         positions="learned" if settings.get("encoder_learned_pos", True) else "sinusoidal",
-        dropout=settings.get("dropout", 0.1),
+        dropout=settings.get("dropout", 0.1), tied=not settings.get("untie_weights_roberta", False),
     )  # fmt: skip
 
 

@@ -163,6 +163,7 @@ def roberta_settings(config: RobertaConfig, length: int) -> dict[str, Any]:
         "encoder_layers": config.depth, "encoder_embed_dim": config.width, "encoder_ffn_embed_dim": 4 * config.width,
         "encoder_attention_heads": config.heads, "encoder_normalize_before": config.norm == "pre",
         "encoder_learned_pos": config.positions == "learned", "layernorm_embedding": True, "max_positions": length,
+        "untie_weights_roberta": not config.tied,
         "dropout": config.dropout, "attention_dropout": config.dropout, "activation_dropout": 0.0,
     }  # fmt: skip
 
@@ -173,7 +174,8 @@ def transformer_settings(config: TransformerConfig, length: int) -> dict[str, An
     side = {"embed_dim": config.width, "ffn_embed_dim": 4 * config.width, "attention_heads": config.heads,
             "normalize_before": config.norm == "pre", "learned_pos": config.positions == "learned"}  # fmt: skip
     return {f"{part}_{key}": value for part in ("encoder", "decoder") for key, value in side.items()} | {
-        "encoder_layers": config.encoder_layers, "decoder_layers": config.decoder_layers, "share_all_embeddings": True,
+        "encoder_layers": config.encoder_layers, "decoder_layers": config.decoder_layers,
+        "share_all_embeddings": config.tied,
         "max_source_positions": length, "max_target_positions": length,
         "dropout": config.dropout, "attention_dropout": config.dropout, "activation_dropout": 0.0,
     }  # fmt: skip

@@ -1,8 +1,8 @@
 """Our weights under fairseq's names, and back: tensors in dictionaries renamed, split and joined, differentiably.
 
 fairseq has queries, keys and values apart, rows in its position tables that no position reads, and a second name for
-what is shared. Its models without a counterpart here: an output that is not tied to the embedding (`from_fairseq`
-refuses it), embeddings of the two sides that are not shared, and biases or normalizations left out.
+what is shared. Its models without a counterpart here: translators that share two of their three embeddings, and biases
+or normalizations left out.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Names:
     """fairseq's names for a family of models.
 
     ``outside``: of parameters and modules that are in no layer; ``layers``: of the lists of layers; ``shared``: second
-    names, each with the first.
+    names, each with the first, in models whose embeddings are tied.
     """
 
     outside: dict[str, str]
@@ -73,15 +73,17 @@ ROBERTA = Names(
         "encoder.embedding_norm": f"{_SENTENCES}.layernorm_embedding",
         "encoder.final_norm": f"{_SENTENCES}.layer_norm",
         "head": f"{_HEAD}.dense", "head_norm": f"{_HEAD}.layer_norm", "bias": f"{_HEAD}.bias",
+        "output_embedding": _HEAD,
     },
     layers={"encoder.layers": f"{_SENTENCES}.layers"},
     shared={f"{_HEAD}.weight": f"{_SENTENCES}.embed_tokens.weight"},
 )  # fmt: skip
 
-#: `Translator` as TransformerModel with --share-all-embeddings.
+#: `Translator` as TransformerModel with --share-all-embeddings or, untied, without any sharing.
 TRANSFORMER = Names(
     outside={
-        "embedding": "encoder.embed_tokens",
+        "embedding": "encoder.embed_tokens", "target_embedding": "decoder.embed_tokens",
+        "output_embedding": "decoder.output_projection",
         "source_positions": "encoder.embed_positions.weight", "target_positions": "decoder.embed_positions.weight",
         "encoder.final_norm": "encoder.layer_norm", "decoder.final_norm": "decoder.layer_norm",
     },
@@ -100,7 +102,7 @@ def to_fairseq(weights: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]
             value = torch.cat([value.new_zeros(FIRST_POSITION, value.shape[1]), value])
         places = names.places(name)
         theirs.update(zip(places, value.chunk(len(places)), strict=True))
-    return theirs | {second: theirs[first] for second, first in names.shared.items() if first in theirs}
+    return {second: theirs[first] for second, first in names.shared.items() if first in theirs} | theirs
 
 
 def state_dict(weights: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
@@ -126,6 +128,8 @@ def from_fairseq(theirs: Mapping[str, Tensor], names: Names, ours: Iterable[str]
         if name not in names.shared:
             raise Incompatible(f"its {name} has no counterpart here")
         if not torch.equal(theirs[name], theirs[names.shared[name]]):
-            raise Incompatible(f"its {name} is not tied to {names.shared[name]}, as it is here")
+            raise Incompatible(
+                f"its {name} is not tied to {names.shared[name]}, as it is in a model with model.tied=true"
+            )
     found = {name: torch.cat([theirs[place] for place in pieces]) for name, pieces in places.items()}
     return {name: value[FIRST_POSITION:] if name.endswith("positions") else value for name, value in found.items()}
