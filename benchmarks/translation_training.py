@@ -32,7 +32,7 @@ CONVENTIONS = contest.CONVENTIONS | {
     "which the source tokens of the training split are added in proportion",
     "shape": "layers of the encoder and as many of the decoder",
     "batches": "ours: at most --batch-tokens source and target positions; fairseq-train: --max-tokens of half as many, "
-    "which bounds the longer side; transformers: as many pairs as ours on average, grouped by length",
+    "which bounds the longer side; transformers: as many pairs as ours on average, grouped by length, in four parts",
     "padding": "share of the positions of our batches, source and target",
 }
 _SAMPLE = 100

@@ -23,7 +23,7 @@ from train_then_compress.config import BATCH_FIELDS, Config, Step, parse_milesto
 
 #: The version of a kind of stage (``pretrain``, ``quant``, ..), 1 where it is not named: raise it when a change of the
 #: code makes earlier stages worth doing again.
-SCHEMA: dict[str, int] = {}
+SCHEMA: dict[str, int] = {"pretrain": 2}
 
 #: The stages that give a run its dense model: trained, finetuned, or taken from a milestone of another run.
 DENSE_STAGES = ("pretrain", "finetune", "milestone")

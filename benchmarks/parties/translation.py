@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from train_then_compress.data.pairs import PairSplit, prepare_pairs
 from train_then_compress.data.prepare import EOS, PAD
 from train_then_compress.models.fairseq.modules import TransformerAtPlaces
 from train_then_compress.tasks.translation import TranslationTask
+
+#: Parts of a batch that transformers takes one after the other.
+_PARTS = 4
 
 
 class Examples(Dataset[dict[str, list[int]]]):
@@ -73,8 +77,11 @@ def transformers(config: Config, steps: int) -> None:
     def tokens_of(batch: dict[str, Any]) -> int:
         return int(batch["attention_mask"].sum()) + int((batch["labels"] >= 0).sum())
 
+    # Whole batches of the longest pairs take many gigabytes.
+    config = config.changed(optimizer=dataclasses.replace(
+        config.optimizer, batch_size=max(1, config.optimizer.batch_size // _PARTS)))  # fmt: skip
     loops.train_transformers(
-        model, collate, tokens_of, Examples(pairs.split("train")), config, steps,
+        model, collate, tokens_of, Examples(pairs.split("train")), config, steps, gradient_accumulation_steps=_PARTS,
         label_smoothing_factor=config.task.label_smoothing, train_sampling_strategy="group_by_length",
     )  # fmt: skip
 

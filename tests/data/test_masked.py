@@ -101,12 +101,31 @@ def test_every_sequence_is_seen_once_an_epoch_and_masked_anew_each_time(prepared
     rows, masks = [], []
     for step in range(math.ceil(2 * len(sequences) / batch_size)):
         batch = batches(step)
-        rows += [row.tobytes() for row in original(batch)]
-        masks += list(batch.masked)
+        beyond = (0, 0), (0, 64 - batch.tokens.shape[1])
+        rows += [row.tobytes() for row in np.pad(original(batch), beyond, constant_values=PAD)]
+        masks += list(np.pad(batch.masked, beyond))
     first, second = rows[: len(sequences)], rows[len(sequences) : 2 * len(sequences)]
     assert Counter(first) == Counter(second) == whole and first != second
     same = sum(np.array_equal(masks[rows.index(row)], masks[len(sequences) + second.index(row)]) for row in second)
     assert same < len(sequences) / 10
+
+
+@pytest.mark.parametrize("batch_size", [4, 7])
+def test_a_batch_is_as_long_as_it_must_be_and_hardly_padded(prepared: Prepared, batch_size: int) -> None:
+    """Of three epochs, all but the batches in which one goes over into the next."""
+    sequences = Sequences(prepared, "train", 64)
+    batches = TrainingBatches(sequences, batch_size, 0.15, seed=5)
+    assert (sequences.lengths == (sequences.rows(np.arange(len(sequences))) != PAD).sum(axis=1)).all()
+    steps = range(3 * len(sequences) // batch_size)
+    whole = [step for step in steps if step * batch_size % len(sequences) <= len(sequences) - batch_size]
+    assert len(steps) - 3 <= len(whole) < len(steps) or len(sequences) % batch_size == 0
+    tokens = [original(batches(step)) for step in whole]
+    longest = [int((batch != PAD).sum(axis=1).max()) for batch in tokens]
+    assert [batch.shape[1] for batch in tokens] == [min(-(-length // 8) * 8, 64) for length in longest]
+    assert len({batch.shape[1] for batch in tokens}) > 1 and longest != sorted(longest)
+    # Of random batches a fifth is padding here: sentences are short, but a block ends with one.
+    padding = 1 - sum((batch != PAD).sum() for batch in tokens) / sum(batch.size for batch in tokens)
+    assert padding < 0.08
 
 
 def test_rows_are_blocks_between_begin_and_padding(prepared: Prepared) -> None:

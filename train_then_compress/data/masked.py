@@ -15,6 +15,8 @@ EVALUATION_MASK_RATE = 0.15
 #: Evaluation masks come from this seed, whatever the training seed.
 _EVALUATION_SEED = 2002_11794
 _FIRST_ORDINARY = MASK + 1
+#: Training batches among which sequences are sorted by length, and what the length of a batch is a multiple of.
+_WINDOW, _MULTIPLE = 100, 8
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,14 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.blocks)
 
-    def rows(self, numbers: np.ndarray) -> np.ndarray:
-        """int64 [len(numbers), length]: ``<s>``, the block, padding."""
-        rows = np.full((len(numbers), self.length), PAD, dtype=np.int64)
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [sequences]: tokens of each, ``<s>`` included."""
+        return 1 + self.blocks[:, 1] - self.blocks[:, 0]
+
+    def rows(self, numbers: np.ndarray, length: int | None = None) -> np.ndarray:
+        """int64 [len(numbers), length], where no other is given that of the sequences: ``<s>``, the block, padding."""
+        rows = np.full((len(numbers), length or self.length), PAD, dtype=np.int64)
         rows[:, 0] = BOS
         for row, (start, end) in zip(rows, self.blocks[numbers], strict=True):
             row[1 : 1 + end - start] = self.tokens[start:end]
@@ -80,22 +87,38 @@ class Sequences:
 
 
 class TrainingBatches:
-    """Endless masked batches; the batch of a step depends on (seed, step) only."""
+    """Endless masked batches; the batch of a step depends on (seed, step) only.
+
+    Sequences are shuffled, sorted by length within windows, cut into batches, and these shuffled again: what shares a
+    batch is about as long, and little of it is padding.
+    """
 
     def __init__(self, sequences: Sequences, batch_size: int, mask_rate: float, seed: int):
         self.sequences, self.batch_size, self.mask_rate, self.seed = sequences, batch_size, mask_rate, seed
-        self._order = lru_cache(maxsize=2)(self._shuffled)
+        self._lengths = sequences.lengths
+        self._order = lru_cache(maxsize=2)(self._ordered)
 
-    def _shuffled(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch, 1]).permutation(len(self.sequences))
+    def _ordered(self, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng([self.seed, epoch, 1])
+        order = rng.permutation(len(self.sequences))
+        first = -epoch * len(order) % self.batch_size  # those before it fill up the last batch of the epoch before
+        end = first + (len(order) - first) // self.batch_size * self.batch_size
+        for start in range(first, end, _WINDOW * self.batch_size):
+            window = slice(start, min(start + _WINDOW * self.batch_size, end))
+            numbers = order[window]
+            batches = numbers[self._lengths[numbers].argsort(kind="stable")].reshape(-1, self.batch_size)
+            order[window] = rng.permutation(batches).ravel()
+        return order
 
     def __call__(self, step: int) -> MaskedBatch:
-        """The masked batch of a step; every sequence is seen once before any is seen again."""
+        """The masked batch of a step, as long as it must be; every sequence is seen once before any is seen again."""
         places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs, places = np.divmod(places, len(self.sequences))
         numbers = np.array([self._order(int(e))[p] for e, p in zip(epochs, places, strict=True)])
+        longest = int(self._lengths[numbers].max())
+        rows = self.sequences.rows(numbers, min(longest + -longest % _MULTIPLE, self.sequences.length))
         rng = np.random.Generator(np.random.Philox(key=[self.seed, step]))
-        return apply_masks(self.sequences.rows(numbers), self.mask_rate, self.sequences.vocab_size, rng)
+        return apply_masks(rows, self.mask_rate, self.sequences.vocab_size, rng)
 
 
 def evaluation_batch(sequences: Sequences, limit: int) -> MaskedBatch:

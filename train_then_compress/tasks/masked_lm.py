@@ -75,7 +75,7 @@ class MaskedLMTask(ConfiguredTask[MaskedLM]):
 
     def counts(self, batch: MaskedBatch) -> Counts:
         """Training FLOPs over all positions, padding included; tokens without padding."""
-        flops = self._flops.training(batch.tokens.size, self.length, len(batch.targets))
+        flops = self._flops.training(batch.tokens.size, batch.tokens.shape[1], len(batch.targets))
         return Counts(flops, int((batch.tokens != PAD).sum()))
 
     def parts(self, batch: MaskedBatch, rank: int, ranks: int, micro_batch: int) -> Iterator[Part]:
