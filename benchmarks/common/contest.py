@@ -26,13 +26,13 @@ CONVENTIONS = {
     "forward, padding included, predictions only where there is a target; each party is credited with what this "
     "project's model nominally needs for the same tokens, whatever it computes (of a masked LM's last layer, ours "
     "computes in training what predictions need)",
-    "peak": "the faster of two 1024^3 matrix multiplications in that dtype, before and after everything; bf16 only "
-    "where the hardware multiplies it",
+    "peak": "1024^3 matrix multiplications in that dtype, timed at the start of each round; bf16 only where the "
+    "hardware multiplies it. A share is of a round's tokens per second; median of the rounds",
     "ratio": "of tokens per second, ours / theirs, in one round; median (quartiles) of the rounds",
     "memory": "peak resident memory of the party's main process",
     "spread": "quartiles (25 %, 75 %) over intervals",
 }
-_INTERVAL_SECONDS, _LIKELY_SHARE, _SAMPLE = 0.5, 0.25, 16
+_INTERVAL_SECONDS, _LIKELY_SHARE, _SAMPLE, _PEAK_SECONDS = 0.5, 0.25, 100, 1.0
 
 
 def options(description: str, shapes: Sequence[str], dropout: float | None) -> argparse.ArgumentParser:
@@ -102,28 +102,43 @@ def hold(
     likely_seconds = flops / _SAMPLE / (peak * _LIKELY_SHARE)
     interval = min(_INTERVAL_SECONDS, arguments.turn_seconds / 4)
     parties = parties_of(max(1, round(interval / likely_seconds)))
-    take_turns(parties, arguments.rounds, arguments.turn_seconds)
+    peaks: list[dict[str, float]] = []
+    seconds = min(_PEAK_SECONDS, arguments.turn_seconds)
+    take_turns(
+        parties, arguments.rounds, arguments.turn_seconds,
+        lambda: peaks.append(machine.calibrate(arguments.device, seconds)),
+    )  # fmt: skip
     ours = parties[0].speeds()
     ratios = {party.name: [a / b for a, b in zip(ours, party.speeds(), strict=True)] for party in parties[1:]}
+    per_token = flops / sum(count.tokens for count in counts)
+    shares = {
+        party.name: {
+            dtype: common.quartiles([
+                speed * per_token / peak[dtype] for speed, peak in zip(party.speeds(), peaks, strict=True)
+            ])
+            for dtype in calibration
+        }
+        for party in parties
+    }  # fmt: skip
     return {
-        "flops_per_token": flops / sum(count.tokens for count in counts),
-        "parties": {party.name: party.facts() for party in parties},
+        "flops_per_token": per_token,
+        "peaks": peaks,
+        "parties": {party.name: party.facts() | {"share_of_peak": shares[party.name]} for party in parties},
         "ratio": {name: {"by_round": values, **common.quartiles(values)} for name, values in ratios.items()},
     }
 
 
 def table(record: Record) -> str:
     """A row for each shape and party."""
-    rows, peaks = [], common.peaks(record)
+    rows, dtypes = [], list(record["calibration"]["before"])
     for shape, measured in record["shapes"].items():
         for name, facts in measured["parties"].items():
             speed = facts["tokens_per_second"]
-            flops = speed["median"] * measured["flops_per_token"]
-            shares = [f"{flops / peak:.1%}" for peak in peaks.values()]
+            shares = [f"{facts['share_of_peak'][dtype]['median']:.0%}" for dtype in dtypes]
             ratio = common.spread(measured["ratio"][name], ".2f") if name in measured["ratio"] else ""
             memory = f"{facts['peak_memory'] / 1e6:,.0f}" if facts["peak_memory"] else "unknown"
             rows.append([shape, name, common.spread(speed), *shares, ratio, memory])
-    heading = ["shape", "party", "tokens/s, median (quartiles)", *(f"of the {dtype} peak" for dtype in peaks),
+    heading = ["shape", "party", "tokens/s, median (quartiles)", *(f"of the {dtype} peak" for dtype in dtypes),
                "ours / it, rounds", "peak memory (MB)"]  # fmt: skip
     return common.markdown(heading, rows)
 

@@ -118,13 +118,17 @@ class Party:
                 return tokens
 
 
-def take_turns(parties: Sequence[Party], rounds: int, seconds: float) -> None:
-    """All parties in every round, each time another one first; raises `Unmeasured` where one fails."""
+def take_turns(
+    parties: Sequence[Party], rounds: int, seconds: float, before_round: Callable[[], object] = lambda: None
+) -> None:
+    """All parties in every round, each time another one first; raises `Unmeasured` where one fails. ``before_round`` is
+    called while all are stopped."""
     with ExitStack() as started:
         for party in parties:
             party.start()
             started.callback(party.end)
             party.warm_up()
         for number in range(rounds):
+            before_round()
             for place in range(len(parties)):
                 parties[(number + place) % len(parties)].take_turn(seconds)

@@ -79,7 +79,9 @@ def fairseq_interval(
 def made_up_turns(benchmarks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parties that have taken their turns without being started: the first 200 tokens a second, the others 100."""
 
-    def take_turns(parties: Sequence[Any], rounds: int, seconds: float) -> None:
+    def take_turns(parties: Sequence[Any], rounds: int, seconds: float, before_round: Callable[[], object]) -> None:
+        for _ in range(rounds):
+            before_round()
         for number, party in enumerate(parties):
             party.intervals = [[(0.5, 50.0 if number else 100.0)]] * rounds
 

@@ -65,8 +65,9 @@ def test_the_record_compares_all_parties(
     positions = 3 * 2 * (12 * 32**2 + 2 * 16 * 32 + 0.15 * (32**2 + 300 * 32))
     assert 0.9 * positions < measured["flops_per_token"] < 1.5 * positions
     printed = capsys.readouterr().out
-    share = 200 * measured["flops_per_token"] / benchmark.common.peaks(record)["fp32"]
-    assert f"| 1x32 | {NAMES[0]} | 200 (200 - 200) |" in printed and f"| {share:.1%} |" in printed
+    share = measured["parties"][NAMES[0]]["share_of_peak"]["fp32"]["median"]
+    assert share == pytest.approx(200 * measured["flops_per_token"] / measured["peaks"][0]["fp32"])
+    assert f"| 1x32 | {NAMES[0]} | 200 (200 - 200) | {share:.0%} |" in printed
     assert f"| 1x32 | {NAMES[3]} | 100 (100 - 100) |" in printed and "| 2.00 (2.00 - 2.00) |" in printed
 
 

@@ -35,12 +35,14 @@ def read(line: str) -> float | None:
 def test_one_computes_while_the_others_are_stopped(turns: ModuleType, tmp_path: Path) -> None:
     logs = [tmp_path / name for name in "abc"]
     parties = [turns.Party(log.name, [sys.executable, "-c", PROGRAM, str(log)], read) for log in logs]
-    turns.take_turns(parties, rounds=3, seconds=0.1)
+    began: list[float] = []
+    turns.take_turns(parties, rounds=3, seconds=0.1, before_round=lambda: began.append(time.perf_counter()))
     times = sorted((float(line), log.name) for log in logs for line in log.read_text().split())
     order = [name for _, name in times]
     changes = [name for before, name in zip(["", *order], order, strict=False) if name != before]
     # One after the other warms up; then rounds, each begun by another one.
     assert "".join(changes) == "abc" + "abc" + "bca" + "cab"
+    assert [sum(when > start for when, _ in times) > 0 for start in began] == [True] * 3 and began == sorted(began)
     for party in parties:
         assert [len(turn) > 3 for turn in party.intervals] == [True] * 3
         assert party.speeds() == pytest.approx([100 / 0.0103] * 3, rel=0.3)
