@@ -27,7 +27,7 @@ from train_then_compress.sweep import environment
 CONVENTIONS = {
     "seconds": "of one training step of `training.fit`, without the profiler, median (quartiles) over rounds",
     "operations": "torch's profiler: own seconds of each operation on the main thread, which waits for the others, and "
-    "calls, means a step; `profiled_seconds`: of a step under it",
+    "calls, means a step, where they are more than 0.1 % of it; `profiled_seconds`: of a step under it",
     "share": "of a profiled step; outside operations: batches, Python, autograd and dispatch",
     "attention": "PyTorch's fused kernel, its multiplications, softmax and all; where it is not used, the "
     "multiplications count as such",
@@ -47,6 +47,7 @@ KINDS = {
     "copies, fills": ("copy_", "cat", "fill_"),
 }
 OTHER, OUTSIDE = "other operations", "outside operations"
+_LEAST_SHARE = 0.001
 _PARTIES = {OURS: "ours", FAIRSEQ_MODEL: "fairseq_model"}
 
 
@@ -54,9 +55,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = contest.options(__doc__, SHAPES, dropout=None)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--steps", type=int, default=20, help="in a turn with or without the profiler; default 20")
+    parser.add_argument("--steps", type=int, default=10, help="in a turn with or without the profiler; default 10")
     parser.add_argument("--text", help="as in masked_lm_training.py")
     parser.add_argument("--pairs", help="as in translation_training.py")
+    parser.set_defaults(rounds=3)
     arguments = contest.parse(parser, argv, {"steps": 2})
     if arguments.device != "cpu":
         parser.error(f"--device {arguments.device}: the seconds of operations are those of a CPU")
@@ -93,7 +95,8 @@ def observe(party: str, config: Config, arguments: argparse.Namespace) -> Record
             kinds[found] += seconds
     profiled = statistics.fmean(seen["profiled_seconds"])
     shares = {name: seconds / profiled for name, seconds in kinds.items()}
-    return seen | {"share": shares | {OUTSIDE: 1 - sum(shares.values())}}
+    large = {name: own for name, own in seen["operations"].items() if own[0] > _LEAST_SHARE * profiled}
+    return seen | {"operations": large, "share": shares | {OUTSIDE: 1 - sum(shares.values())}}
 
 
 def measure(arguments: argparse.Namespace, calibration: dict[str, float]) -> Record:

@@ -45,7 +45,7 @@ def options(description: str, shapes: Sequence[str], dropout: float | None) -> a
     parser.add_argument("--dropout", type=float, default=dropout, help=f"default {known}")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16" if machine.cpu_has_bf16() else "fp32",
                         help="bf16: autocast, weights in fp32 (fairseq-train has fp32 only on a CPU)")  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each; default 5")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each; default %(default)s")
     parser.add_argument("--turn-seconds", type=float, default=4.0, help="length of a turn; default 4")
     parser.add_argument("--head-size", type=int, default=64, help="default 64")
     parser.add_argument("--seed", type=int, default=0)
