@@ -87,7 +87,7 @@ def observe(party: str, config: Config, arguments: argparse.Namespace) -> Record
     command, _, environ = program("profiled", _PARTIES[party], values, arguments.steps, environment(threads))
     done = subprocess.run([*command, str(arguments.rounds)], env=os.environ | environ, capture_output=True, text=True)
     if done.returncode:
-        raise Unmeasured(f"{party}: {done.stderr.strip().splitlines()[-1]}")
+        raise Unmeasured(f"{party} has ended early, with status {done.returncode}:\n{done.stderr[-2000:]}")
     seen = json.loads(done.stdout.splitlines()[-1])
     kinds = dict.fromkeys((*KINDS, OTHER), 0.0)
     for operation, (seconds, _) in seen["operations"].items():
