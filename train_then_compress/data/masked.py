@@ -75,7 +75,8 @@ class Sequences:
     @property
     def lengths(self) -> np.ndarray:
         """int64 [sequences]: tokens of each, ``<s>`` included."""
-        return 1 + self.blocks[:, 1] - self.blocks[:, 0]
+        lengths: np.ndarray = 1 + self.blocks[:, 1] - self.blocks[:, 0]
+        return lengths
 
     def rows(self, numbers: np.ndarray, length: int | None = None) -> np.ndarray:
         """int64 [len(numbers), length], where no other is given that of the sequences: ``<s>``, the block, padding."""
