@@ -39,7 +39,8 @@ TEXT = {"name": "text_files", "train": "corpus.txt"}
 COUNTED: dict[str, list[Any]] = {
     "seed": [1, 2], "task.mask_rate": [0.3, 0.4], "data.sequence_length": [64, 256], "data.fraction": [0.5, 0.05],
     "model.depth": [2, 24], "model.width": [64, 128], "model.head_size": [32, 16], "model.norm": ["post"],
-    "model.positions": ["rotary", "sinusoidal"], "model.dropout": [0.1], "model.tied": [False], "budget.value": [500, 1e6],
+    "model.positions": ["rotary", "sinusoidal"], "model.dropout": [0.1], "model.tied": [False],
+    "budget.value": [500, 1e6],
     "optimizer.lr": [0.1, 0.2], "optimizer.beta1": [0.8], "optimizer.beta2": [0.9], "optimizer.eps": [1e-8],
     "optimizer.weight_decay": [0.1], "optimizer.clip": [0.5], "optimizer.batch_size": [32, 64],
     "optimizer.batch_tokens": [1024, 8192],
