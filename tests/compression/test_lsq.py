@@ -264,7 +264,7 @@ def test_at_two_bits_training_beats_rounding(new_bench: MakeBench, tmp_path: Pat
     bench = new_bench("classification")
     config, model = bench.config, bench.teacher
     training = Training(
-        BudgetConfig(kind="steps", value=150), config.optimizer, schedule(config.optimizer), [1.0], config.seed
+        BudgetConfig(kind="steps", value=250), config.optimizer, schedule(config.optimizer), [1.0], config.seed
     )
     with StageProgress("pretrain") as display:
         checkpoints = Checkpoints(tmp_path / "dense", 1e9)
@@ -278,7 +278,7 @@ def test_at_two_bits_training_beats_rounding(new_bench: MakeBench, tmp_path: Pat
     quant.apply(rounded, step, bench)
     trained = trained_by(bench, 2, granularity="tensor", max_steps=60)
     dense, nearest, learned = loss(model), loss(rounded.model), loss(trained.model)
-    assert dense + 0.5 < nearest  # there is something to win
+    assert dense + 1 < nearest  # there is something to win
     assert learned < nearest - 0.5 * (nearest - dense)
 
 
