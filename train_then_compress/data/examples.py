@@ -6,7 +6,6 @@ import importlib.metadata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from tokenizers import Tokenizer
 
 from train_then_compress.config import ConfigError, LabelledConfig
 from train_then_compress.data.labelled import Example, LabelledCorpus, load_labelled
+from train_then_compress.data.neighbours import Neighbours
 from train_then_compress.data.prepare import (
     BOS,
     EOS,
@@ -186,29 +186,12 @@ def batch_of(split: Split, numbers: np.ndarray, length: int) -> LabelledBatch:
 
 
 class LabelledBatches:
-    """Endless batches of a split; that of a step depends on (seed, step) only, and epochs are seen whole.
-
-    Examples are shuffled, sorted by length within windows, cut into batches, and the batches shuffled again: neighbours
-    in length share a batch, so that little of it is padding.
-    """
+    """Endless batches of a split, as `Neighbours` has them."""
 
     def __init__(self, split: Split, batch_size: int, length: int, seed: int):
-        self.split, self.batch_size, self.length, self.seed = split, batch_size, length, seed
-        self._order = lru_cache(maxsize=2)(self._shuffled)
-
-    def _shuffled(self, epoch: int) -> np.ndarray:
-        rng = np.random.default_rng([self.seed, epoch, 2])
-        count, size = len(self.split), self.batch_size
-        order = rng.permutation(count)
-        order = order[np.lexsort((self.split.lengths[order], np.arange(count) // (_WINDOW * size)))]
-        lead = -epoch * count % size  # the first examples fill up the last batch of the epoch before
-        whole = lead + (count - lead) // size * size
-        batches = rng.permutation(order[lead:whole].reshape(-1, size))
-        return np.concatenate([order[:lead], batches.reshape(-1), order[max(whole, lead) :]])
+        self.split, self.length = split, length
+        self._numbers = Neighbours(split.lengths, batch_size, _WINDOW, seed, kind=2)
 
     def __call__(self, step: int) -> LabelledBatch:
         """The batch of a step."""
-        places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs, places = np.divmod(places, len(self.split))
-        numbers = np.array([self._order(int(e))[p] for e, p in zip(epochs, places, strict=True)])
-        return batch_of(self.split, numbers, self.length)
+        return batch_of(self.split, self._numbers(step), self.length)

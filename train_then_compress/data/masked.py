@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
 from train_then_compress.config import ConfigError
+from train_then_compress.data.neighbours import Neighbours
 from train_then_compress.data.packing import packed
 from train_then_compress.data.prepare import BOS, MASK, PAD, Prepared
 
@@ -88,35 +88,16 @@ class Sequences:
 
 
 class TrainingBatches:
-    """Endless masked batches; the batch of a step depends on (seed, step) only.
-
-    Sequences are shuffled, sorted by length within windows, cut into batches, and these shuffled again: what shares a
-    batch is about as long, and little of it is padding.
-    """
+    """Endless masked batches of `Neighbours`; the batch of a step depends on (seed, step) only."""
 
     def __init__(self, sequences: Sequences, batch_size: int, mask_rate: float, seed: int):
-        self.sequences, self.batch_size, self.mask_rate, self.seed = sequences, batch_size, mask_rate, seed
-        self._lengths = sequences.lengths
-        self._order = lru_cache(maxsize=2)(self._ordered)
-
-    def _ordered(self, epoch: int) -> np.ndarray:
-        rng = np.random.default_rng([self.seed, epoch, 1])
-        order = rng.permutation(len(self.sequences))
-        first = -epoch * len(order) % self.batch_size  # those before it fill up the last batch of the epoch before
-        end = first + (len(order) - first) // self.batch_size * self.batch_size
-        for start in range(first, end, _WINDOW * self.batch_size):
-            window = slice(start, min(start + _WINDOW * self.batch_size, end))
-            numbers = order[window]
-            batches = numbers[self._lengths[numbers].argsort(kind="stable")].reshape(-1, self.batch_size)
-            order[window] = rng.permutation(batches).ravel()
-        return order
+        self.sequences, self.mask_rate, self.seed = sequences, mask_rate, seed
+        self._numbers = Neighbours(sequences.lengths, batch_size, _WINDOW, seed, kind=1)
 
     def __call__(self, step: int) -> MaskedBatch:
-        """The masked batch of a step, as long as it must be; every sequence is seen once before any is seen again."""
-        places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs, places = np.divmod(places, len(self.sequences))
-        numbers = np.array([self._order(int(e))[p] for e, p in zip(epochs, places, strict=True)])
-        longest = int(self._lengths[numbers].max())
+        """The masked batch of a step, as long as it must be."""
+        numbers = self._numbers(step)
+        longest = int(self._numbers.lengths[numbers].max())
         rows = self.sequences.rows(numbers, min(longest + -longest % _MULTIPLE, self.sequences.length))
         rng = np.random.Generator(np.random.Philox(key=[self.seed, step]))
         return apply_masks(rows, self.mask_rate, self.sequences.vocab_size, rng)
