@@ -222,13 +222,11 @@ def initialize(model: Translator) -> None:
         if isinstance(module, nn.Linear) and name not in EMBEDDINGS:
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
-    for name, module in model.named_modules():
-        if name in EMBEDDINGS:
+    for name, module in model.named_children():
+        if name in EMBEDDINGS and isinstance(module, nn.Embedding | nn.Linear):
             nn.init.normal_(module.weight, std=model.config.width**-0.5)
+        if isinstance(module, TokenEmbedding):
+            nn.init.zeros_(module.weight[PAD])
     if model.config.positions == "learned":
         nn.init.normal_(model.source_positions, std=model.config.width**-0.5)
         nn.init.normal_(model.target_positions, std=model.config.width**-0.5)
-    with torch.no_grad():
-        for module in model.children():
-            if isinstance(module, TokenEmbedding):
-                module.weight[PAD].zero_()

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.serialization import safe_globals
 
 from train_then_compress.config import RobertaConfig
+from train_then_compress.config.parts import in_embedding
 from train_then_compress.data.prepare import MASK, SPECIAL_TOKENS, UNK
 from train_then_compress.models.fairseq.weights import FIRST_POSITION, ROBERTA, Incompatible, from_fairseq
 from train_then_compress.models.roberta import MaskedLM
@@ -75,13 +76,9 @@ def _model(state: dict[str, Any], order: list[int]) -> MaskedLM:
     length = settings.get("max_positions", 512) if positions is None else len(positions) - FIRST_POSITION
     model = MaskedLM(_config(settings), rows, length)
     weights = from_fairseq(theirs, ROBERTA, model.state_dict())
-    for name in {
-        "encoder.embedding.weight",
-        "bias",
-        "output_embedding.weight",
-        "output_embedding.bias",
-    } & weights.keys():
-        weights[name] = weights[name][order]
+    for name in weights:
+        if name == "bias" or in_embedding(name):
+            weights[name] = weights[name][order]
     model.load_state_dict(weights)
     return model.eval()
 
