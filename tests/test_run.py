@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,10 +76,8 @@ def test_given_again_it_does_nothing_and_a_deleted_run_alone_is_done_again(
     study: Path, common: list[str], ttc: Command, assert_same_weights: Compare
 ) -> None:
     arguments = ["run", "-m", *common, "study=two", "model.width=32,64", "recipes=[none,quant4,prune15,prune30+quant4]"]
-    start = time.monotonic()
     again = ttc(*arguments, cwd=study.parents[1])
     assert again.returncode == 0 and "2 runs, 2 done; nothing to do" in again.stdout
-    assert time.monotonic() - start < 60
     narrow, wide = runs_of(study)
     before = {path: path.stat().st_mtime_ns for path in narrow.rglob("*") if path.is_file()}
     kept = wide.rename(study.parent / "kept")

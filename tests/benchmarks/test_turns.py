@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import statistics
 import sys
 import time
+from itertools import groupby, pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -38,15 +40,17 @@ def test_one_computes_while_the_others_are_stopped(turns: ModuleType, tmp_path: 
     began: list[float] = []
     turns.take_turns(parties, rounds=3, seconds=0.1, before_round=lambda: began.append(time.perf_counter()))
     times = sorted((float(line), log.name) for log in logs for line in log.read_text().split())
-    order = [name for _, name in times]
-    changes = [name for before, name in zip(["", *order], order, strict=False) if name != before]
+    groups = [(name, [when for when, _ in group]) for name, group in groupby(times, key=lambda line: line[1])]
     # One after the other warms up; then rounds, each begun by another one.
-    assert "".join(changes) == "abc" + "abc" + "bca" + "cab"
+    assert "".join(name for name, _ in groups) == "abc" + "abc" + "bca" + "cab"
     assert [sum(when > start for when, _ in times) > 0 for start in began] == [True] * 3 and began == sorted(began)
     for party in parties:
         assert [len(turn) > 3 for turn in party.intervals] == [True] * 3
-        assert party.speeds() == pytest.approx([100 / 0.0103] * 3, rel=0.3)
-        assert party.facts()["tokens_per_second"]["median"] == pytest.approx(100 / 0.0103, rel=0.3)
+        # The program's own clock, which a busy machine slows as much.
+        own = [group for name, group in groups[len(parties) :] if name == party.name]
+        assert party.speeds() == pytest.approx([100 * (len(t) - 1) / (t[-1] - t[0]) for t in own], rel=0.3)
+        speeds = [100 / (after - before) for group in own for before, after in pairwise(group)]
+        assert party.facts()["tokens_per_second"]["median"] == pytest.approx(statistics.median(speeds), rel=0.3)
         assert party.peak_memory is None or 1e6 < party.peak_memory < 1e9
         with pytest.raises(ProcessLookupError):
             os.killpg(party.process.pid, 0)
@@ -57,11 +61,11 @@ def test_the_interval_that_a_pause_falls_into_does_not_count(turns: ModuleType, 
     party.start()
     try:
         party.warm_up()
-        time.sleep(0.3)
+        time.sleep(1)
         party.take_turn(0.05)
     finally:
         party.end()
-    assert max(seconds for seconds, _ in party.intervals[0]) < 0.2
+    assert max(seconds for seconds, _ in party.intervals[0]) < 1
 
 
 def test_a_program_that_ends_is_an_error_with_its_last_words(turns: ModuleType) -> None:
