@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from common import record as common
 from common.record import Record
-from parties.decoders import FAIRSEQ, OURS, Decoder, decoders, fairseq_generator, ours, sample
+from parties.decoders import FAIRSEQ, OURS, Decoder, Found, decoders, fairseq_generator, ours, sample
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -40,8 +40,8 @@ CONVENTIONS = {
     "left out",
     "tokens": "of the best hypothesis of each sentence, </s> included",
     "batches": "neighbours in length; the same ones for all",
-    "limits": "a translation ends after --longest tokens (fairseq's max_len_b), length penalty 1; <s> and <mask> are "
-    "never said (in CTranslate2: <s> and <pad>)",
+    "limits": "a translation ends after --longest tokens (fairseq's max_len_b), length penalty 1; <s> and <pad> are "
+    "never said",
     "fairseq": "TransformerModel, made ready as fairseq-generate does it (make_generation_fast_), under inference mode",
     "transformers": "M2M100ForConditionalGeneration.generate, early_stopping=True, under inference mode",
     "CTranslate2": "the point's export, --threads intra_threads; num_hypotheses as wide as the beam, else it stops at "
@@ -72,7 +72,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--draft-lengths", type=int, nargs="+", default=[2, 4, 8])
     quick = {"depth": 1, "width": 32, "head_size": 16, "vocab_size": 300, "rounds": 1, "sentences": 4, "singly": 2,
              "batch_size": 2, "longest": 8, "lengths": [4, 8], "draft_lengths": [2]}  # fmt: skip
-    arguments = common.parse(parser, argv, quick, needs=("fairseq",))
+    arguments = common.parse(parser, argv, quick, needs=("fairseq", "transformers"))
     if min(arguments.rounds, arguments.sentences, arguments.singly, arguments.batch_size) < 1:
         parser.error("--rounds, --sentences, --singly and --batch-size must be at least 1")
     return arguments
@@ -176,7 +176,7 @@ def beside_peers(work: Work, size: int, beam: int, arguments: argparse.Namespace
     return {"beam": beam, "batch_size": size, "sentences": len(sources), "parties": facts, "left_out": left_out}
 
 
-def _bleu(work: Work, order: list[int], found: list[list[tuple[list[int], float]]]) -> float:
+def _bleu(work: Work, order: list[int], found: Found) -> float:
     assert work.point is not None
     tokenizer = Tokenizer.from_file(str(work.point.tokenizer))
     lines = [detokenize(tokenizer, hypotheses[0][0]) for hypotheses in found]
@@ -187,13 +187,13 @@ def _decode_all(decode: Decoder, batches: list[Tensor]) -> int:
     return sum(len(hypotheses[0][0]) + 1 for batch in batches for hypotheses in decode(batch))
 
 
-def agreement(
-    one: list[list[tuple[list[int], float]]], other: list[list[tuple[list[int], float]]]
-) -> dict[str, float | int]:
-    """Sentences with the same hypotheses in the same order, and the largest difference of their scores."""
+def agreement(one: Found, other: Found) -> dict[str, float | int]:
+    """Sentences with the same hypotheses in the same order, and the largest difference of their scores, if known."""
     same = [(a, b) for a, b in zip(one, other, strict=True) if [t for t, _ in a] == [t for t, _ in b]]
-    differences = [abs(x - y) for a, b in same for (_, x), (_, y) in zip(a, b, strict=True)]
-    return {"sentences": len(same), "of": len(one), "largest_score_difference": max(differences, default=0.0)}
+    scores = [(x, y) for a, b in same for (_, x), (_, y) in zip(a, b, strict=True)]
+    differences = [abs(x - y) for x, y in scores if x is not None and y is not None]
+    largest = {"largest_score_difference": max(differences)} if differences else {}
+    return {"sentences": len(same), "of": len(one), **largest}
 
 
 class Endless:

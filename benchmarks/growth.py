@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ from parties.loops import trainer_of
 from train_then_compress.config import Config
 from train_then_compress.cost import machine
 from train_then_compress.data.prepare import Prepared, prepare
+from train_then_compress.sweep import environment
 from train_then_compress.tasks.masked_lm import MaskedLMTask
 from train_then_compress.training import parallel
 
@@ -162,4 +165,8 @@ def main(argv: Sequence[str]) -> Record:
 
 
 if __name__ == "__main__":
+    # The C library reads what it is told of memory once, at the start of a process.
+    told = environment(len(machine.usable_cores()))
+    if not told.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], told)
     common.run(main)

@@ -77,12 +77,8 @@ def fairseq_command(config: Config, steps: int, data: Path) -> list[str]:
     model = config.model
     flags = ["--encoder-normalize-before"] * (model.norm == "pre")
     return fairseq_train.without_end(config, data, flags, {
-        "task": "masked_lm", "criterion": "masked_lm", "arch": "roberta_base", "encoder-layers": model.depth,
-        "encoder-embed-dim": model.width, "encoder-ffn-embed-dim": 4 * model.width,
-        "encoder-attention-heads": model.heads, "max-positions": config.data.sequence_length,
-        "dropout": model.dropout, "attention-dropout": model.dropout, "sample-break-mode": "complete",
-        "tokens-per-sample": config.data.sequence_length, "mask-prob": config.task.mask_rate,
-        "batch-size": config.optimizer.batch_size,
+        **fairseq_train.masked_lm(config), "dropout": model.dropout, "attention-dropout": model.dropout,
+        "mask-prob": config.task.mask_rate,
     }, steps)  # fmt: skip
 
 

@@ -16,9 +16,9 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -80,11 +80,13 @@ def ours(arguments: argparse.Namespace, seconds: float) -> Record:
     with tempfile.TemporaryDirectory() as runs:
         given = overrides(arguments, seconds, runs)
         # The run holds a machine of its own making: this one is held for the benchmark already.
-        done = subprocess.run([sys.executable, "-m", "train_then_compress", "run", *given], capture_output=True,
-                              text=True, env=os.environ | {"TMPDIR": runs})  # fmt: skip
+        command = [sys.executable, "-m", "train_then_compress", "run", *given]
+        with _ended(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                     env=os.environ | {"TMPDIR": runs})) as process:  # fmt: skip
+            _, said = process.communicate()
         records = [read_json(path) for path in Path(runs).glob("quality/*/stages/pretrain-*/record.json")]
-    if done.returncode or len(records) != 1:
-        raise Unmeasured(f"ttc run failed:\n{done.stderr}")
+    if process.returncode or len(records) != 1:
+        raise Unmeasured(f"ttc run failed:\n{said}")
     clock = records[0]["clock"]
     return {"budget": seconds, "seconds": clock["seconds"], "updates": clock["steps"],
             "loss": records[0]["validation"]["loss"]}  # fmt: skip
@@ -92,12 +94,8 @@ def ours(arguments: argparse.Namespace, seconds: float) -> Record:
 
 def recipe(config: Config, data: Path, rate: float, updates: int) -> list[str]:
     """RoBERTa's pretraining as fairseq documents it, at this shape and batch."""
-    model, length = config.model, config.data.sequence_length
-    settings: dict[str, Any] = {
-        "task": "masked_lm", "criterion": "masked_lm", "arch": "roberta_base", "encoder-layers": model.depth,
-        "encoder-embed-dim": model.width, "encoder-ffn-embed-dim": 4 * model.width,
-        "encoder-attention-heads": model.heads, "max-positions": length, "tokens-per-sample": length,
-        "sample-break-mode": "complete", "batch-size": config.optimizer.batch_size, "optimizer": "adam",
+    settings = fairseq_train.masked_lm(config) | {
+        "optimizer": "adam",
         "adam-betas": "(0.9,0.98)", "adam-eps": 1e-6, "clip-norm": 0.0, "weight-decay": 0.01, "dropout": 0.1,
         "attention-dropout": 0.1, "lr-scheduler": "polynomial_decay", "lr": rate, "total-num-update": updates,
         "warmup-updates": max(1, round(_WARM_UP * updates)), "max-update": updates, "seed": config.seed,
@@ -135,12 +133,23 @@ def fairseq(config: Config, data: Path, task: MaskedLMTask, rate: float, budget:
     return {"budget": budget, "seconds": seconds, "updates": updates, "loss": quality.facts["loss"]}
 
 
+@contextmanager
+def _ended(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    """Wait for a program, and end it where this one ends before it: ``ttc run`` hands SIGTERM on to its run."""
+    with process:
+        try:
+            yield process
+        except BaseException:
+            process.terminate()
+            raise
+
+
 def _seconds_between(command: list[str], threads: int) -> float:
     """Seconds from fairseq-train's first to its last update."""
     said: deque[str] = deque(maxlen=15)
     begun = ended = None
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": str(threads)}) as process:  # fmt: skip
+    with _ended(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                 env=os.environ | {"OMP_NUM_THREADS": str(threads)})) as process:  # fmt: skip
         assert process.stdout is not None
         for line in process.stdout:
             said.append(line)

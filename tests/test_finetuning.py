@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from train_then_compress.analysis.table import load_study
-from train_then_compress.records import RunDirectory, read_json, read_rows
+from train_then_compress.records import RunDirectory, read_json, read_rows, write_json
 from train_then_compress.training.checkpoint import CheckpointError
+from train_then_compress.training.loop import Diverged
 
 Ttc = Callable[..., subprocess.CompletedProcess[str]]
 RunHere = Callable[..., list[Path]]
@@ -120,9 +121,24 @@ def test_milestones_of_a_run_can_be_compressed_and_finetuned(
     assert not any(path.exists() for path in runs["0.5"].glob("checkpoint"))
     variants = " ".join(load_study(tmp_path / "runs/at").runs["variant"])
     assert "milestone=0.25" in variants and "milestone=perplexity300" in variants
-    with pytest.raises(CheckpointError, match=r"no milestone 0\.75"):
-        run_here(*common, f"init_from={trunk}@0.75", cwd=tmp_path)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"no milestone 0\.75"):
+            run_here(*common, f"init_from={trunk}@0.75", cwd=tmp_path)
+        (missing,) = (path.parent for path in tmp_path.glob("runs/at/*/config.yaml") if "@0.75-" in str(path))
+        assert not (missing / "failure.json").exists()
+        write_json(missing / "failure.json", {"reason": "the loss is nan"})  # of an earlier attempt
     run_here(*settings, *finetuning, f"init_from={trunk}@0.5", "recipes=[none]", "study=tuned", cwd=tmp_path)
+
+
+def test_a_pretraining_that_diverges_is_what_failed(
+    tmp_path: Path, run_here: RunHere, pretraining: list[str], finetuning: list[str], untimed: None
+) -> None:
+    nested = ["pretrain=mlm", "data@pretrain.data=text_files", *(f"pretrain.{setting}" for setting in pretraining)]
+    with pytest.raises(Diverged, match="not finite"):
+        run_here(*SMALL, *finetuning, *nested, "pretrain.optimizer.weight_decay=1e30", "study=bad", cwd=tmp_path)
+    (failure,) = tmp_path.glob("runs/bad/*/failure.json")
+    assert failure.parent.name.startswith("mlm-")
+    assert load_study(tmp_path / "runs/bad").runs["failure"].str.contains("not finite").tolist() == [True]
 
 
 def test_table_and_figures_show_accuracy_against_cost(workplace: Path, ttc: Ttc) -> None:

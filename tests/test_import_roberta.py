@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from train_then_compress.cell import adopt, locate
 from train_then_compress.cli import app
-from train_then_compress.config import Config
+from train_then_compress.config import Config, ConfigError
 from train_then_compress.data.prepare import BOS, EOS, MASK, SPECIAL_TOKENS, Prepared
 from train_then_compress.export import export
 from train_then_compress.export.point import find_point
@@ -142,6 +142,15 @@ def test_names_of_earlier_releases_are_known(published: Path, hub: Any, tmp_path
     assert_same_logits(hub, directory)
 
 
+def test_a_space_before_the_text_is_a_setting_of_earlier_releases_too(published: Path, tmp_path: Path) -> None:
+    def age(state: dict[str, Any]) -> None:
+        state["args"] = state.pop("cfg")["model"]
+        state["args"].bpe_add_prefix_space = True
+
+    spaced, plain = read_roberta(copied(published, tmp_path, age)), read_roberta(published)
+    assert spaced.tokenizer.encode("Ada").ids == plain.tokenizer.encode(" Ada").ids != plain.tokenizer.encode("Ada").ids
+
+
 def test_it_is_finetuned_compressed_and_exported_again(
     published: Path, labelled_file: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untimed: None
 ) -> None:
@@ -167,8 +176,10 @@ def test_it_is_finetuned_compressed_and_exported_again(
     back = read_roberta(directory)
     assert back.tokenizer.encode(TEXT).ids == read_roberta(published).tokenizer.encode(TEXT).ids
     with torch.inference_mode():
-        again, point = back.model(tokens, where), find_point(str(run)).model(tokens, where)
-    torch.testing.assert_close(again, point, rtol=1e-5, atol=1e-5)
+        again, given = back.model(tokens, where), read_roberta(published).model(tokens, where)
+    torch.testing.assert_close(again, given, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ConfigError, match=r"init_from=.*own text is not known; it can be finetuned"):
+        adopt(Config.build({"study": "tests", "init_from": str(run)}))
     refused = CliRunner().invoke(app, ["import", str(published)])
     assert refused.exit_code == 2 and "is there already" in refused.output
 
@@ -183,6 +194,8 @@ def test_what_cannot_be_read_is_refused_in_words(published: Path, tmp_path: Path
         assert not (tmp_path / "out").exists()
         shutil.rmtree(directory)
 
+    with pytest.raises(Incompatible, match="nowhere: no such directory"):
+        read_roberta(tmp_path / "nowhere")
     for name in ("model.pt", "dict.txt"):
         refused(rf"{name}: no such file", gone=name)
     refused(r"the byte-level BPE is missing: encoder\.json", gone="merges.txt")

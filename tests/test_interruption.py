@@ -14,6 +14,7 @@ from train_then_compress.records import RunDirectory, read_json, read_rows
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 Compare = Callable[[Path, Path], None]
+RunHere = Callable[..., list[Path]]
 KillAt = Callable[[Path, list[str], str, int], None]
 TTC = [str(Path(sys.executable).with_name("ttc"))]
 
@@ -27,8 +28,8 @@ def runs_of(study: Path) -> list[Path]:
     [("fp32", 400, [("prune99", 7)]), ("bf16", 120, [("pretrain", 6), ("pretrain", 70)])],
 )
 def test_killed_at_several_moments_it_ends_in_the_same_weights(
-    tmp_path: Path, common: list[str], ttc: Command, assert_same_weights: Compare, kill_at: KillAt, dtype: str,
-    budget: int, moments: list[tuple[str, int]],
+    tmp_path: Path, common: list[str], ttc: Command, run_here: RunHere, assert_same_weights: Compare, kill_at: KillAt,
+    dtype: str, budget: int, moments: list[tuple[str, int]],
 ) -> None:  # fmt: skip
     """SIGKILL in training and in recovery, with dropout; then the same command. In 400 steps so much is learned, and by
     the pruning so much lost, that there is something to recover; in 60 steps of it the kill finds it going on."""
@@ -37,12 +38,12 @@ def test_killed_at_several_moments_it_ends_in_the_same_weights(
         "steps.prune.recovery.check_every=60", f"budget.value={budget}", "optimizer.lr=1e-2", "model.dropout=0.1",
         f"runtime.dtype={dtype}",
     ]  # fmt: skip
-    assert ttc(*arguments, "study=calm", cwd=tmp_path).returncode == 0
+    (calm,) = run_here(*arguments[1:], "study=calm", cwd=tmp_path)
     for stage, step in moments:
         kill_at(tmp_path, [*arguments, "study=killed"], stage, step)
     finished = ttc(*arguments, "study=killed", cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
-    (calm,), (killed,) = runs_of(tmp_path / "runs/calm"), runs_of(tmp_path / "runs/killed")
+    (killed,) = runs_of(tmp_path / "runs/killed")
     assert_same_weights(calm, killed)
     rows = [(row["stage"], row["split"], row["steps"]) for row in read_rows(killed / "metrics.jsonl")]
     assert len(rows) == len(set(rows))
@@ -70,20 +71,21 @@ def test_a_run_that_diverges_is_recorded_and_the_sweep_goes_on(tmp_path: Path, c
     assert (finished / "result.json").exists() and not (finished / "failure.json").exists()
 
 
-def test_a_second_process_on_the_same_run_refuses_in_words(tmp_path: Path, common: list[str], ttc: Command) -> None:
-    assert ttc("run", *common, "study=one", "budget.value=2", cwd=tmp_path).returncode == 0
-    (run,) = runs_of(tmp_path / "runs/one")
+def test_a_second_process_on_the_same_run_refuses_in_words(
+    tmp_path: Path, common: list[str], ttc: Command, run_here: RunHere
+) -> None:
+    (run,) = run_here(*common, "study=one", "budget.value=2", cwd=tmp_path)
     (run / "result.json").unlink()
     with RunDirectory(run).locked():
         refused = ttc("run", *common, "study=one", "budget.value=2", cwd=tmp_path)
     assert refused.returncode == 1 and "is being worked on by another process" in refused.stderr
 
 
-def test_two_processes_train_as_one(tmp_path: Path, common: list[str], ttc: Command) -> None:
+def test_two_processes_train_as_one(tmp_path: Path, common: list[str], ttc: Command, run_here: RunHere) -> None:
     """Data parallelism changes the order of additions only."""
-    arguments = ["run", *common, "budget.value=4", "optimizer.warmup=0", "recipes=[none]"]
-    assert ttc(*arguments, "study=alone", cwd=tmp_path).returncode == 0
-    both = ttc(*arguments, "study=both", "runtime.processes=2", cwd=tmp_path)
+    arguments = [*common, "budget.value=4", "optimizer.warmup=0", "recipes=[none]"]
+    run_here(*arguments, "study=alone", cwd=tmp_path)
+    both = ttc("run", *arguments, "study=both", "runtime.processes=2", cwd=tmp_path)
     assert both.returncode == 0, both.stderr
     (alone,), (together,) = (list(tmp_path.glob(f"runs/{s}/*/stages/*/model.safetensors")) for s in ("alone", "both"))
     expected, weights = load_file(alone), load_file(together)

@@ -113,6 +113,16 @@ def test_a_damaged_file_is_named_with_the_way_out(
     assert f"error: {path} is damaged" in done.stderr and f"delete {path.parent}" in done.stderr
 
 
+def test_a_damaged_corpus_is_named_with_the_way_out(tmp_path: Path, text_file: Path, ttc_here: Command) -> None:
+    arguments = ["data", "prepare", "text_files", f"data.train={text_file}", "data.vocab_size=400", "paths.cache=cache"]
+    assert ttc_here(*arguments, cwd=tmp_path).returncode == 0
+    (record,) = tmp_path.glob("cache/prepared/*/record.json")
+    record.write_text("{")
+    for command in (arguments, ["data", "export", *arguments[2:], "--to", "fairseq", "--out", "out"]):
+        done = ttc_here(*command, cwd=tmp_path)
+        assert done.returncode == 2 and "record.json is damaged" in done.stderr and "delete" in done.stderr
+
+
 def test_what_cannot_be_shown_is_an_error(finished: Path, ttc: Command) -> None:
     """A format that is not known, and figures of a model that has learned nothing."""
     refused = ttc("table", "one", "--format", "xml", cwd=finished.parents[2])

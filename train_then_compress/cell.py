@@ -165,11 +165,12 @@ def _check_teacher(config: Config, teacher: Origin, data: Tokenized) -> None:
 def adopt(config: Config) -> Config:
     """The config with what ``init_from`` decides: the model, and how it was pretrained.
 
-    Raises `ConfigError` where a shape was asked for that is not the one found there.
+    Raises `ConfigError` for another depth or width than found there, and for an imported model that is not finetuned.
     """
     if config.init_from is None:
         return config
-    theirs = find_origin(config.init_from).config
+    origin = find_origin(config.init_from)
+    theirs = origin.config
     config = config.changed(init_from=str(Path(config.init_from).absolute()))
     for key in ("depth", "width"):
         asked, found = getattr(config.model, key), getattr(theirs.model, key)
@@ -177,6 +178,9 @@ def adopt(config: Config) -> Config:
             raise reject(f"model.{key}", asked, f"init_from={config.init_from} has {found}")
     model = dataclasses.replace(theirs.model, impl=config.model.impl)  # the weights do not depend on it
     if config.task.name != "classification":
+        if "id" not in (origin.directory.stage_record(origin.stage) or {})["corpus"]:
+            raise reject("init_from", config.init_from, "an imported model, whose own text is not known; it can be "
+                         "finetuned: task=classification")  # fmt: skip
         what: dict[str, Any] = {name: getattr(theirs, name) for name in ("task", "data", "budget", "optimizer", "seed")}
         return config.changed(**what | {"model": model})
     if isinstance(theirs.model, TransformerConfig):

@@ -43,7 +43,7 @@ def import_roberta(source: Path, out: Path) -> Path:
     run.write_config(config)
     stage = run.stage(key)
     atomic_write(stage / "model.safetensors", weights)
-    atomic_write(stage / "packed.safetensors", pack(Compressed(model), torch.bfloat16, {"stage": key.directory}))
+    atomic_write(stage / "packed.safetensors", pack(Compressed(model), torch.float32, {"stage": key.directory}))
     atomic_write(stage / "tokenizer.json", tokenizer.to_str())
     write_json(stage / "record.json", {
         "stage": key.name, "id": key.id, "clock": Clock(steps=published.updates).facts(), "validation": {},

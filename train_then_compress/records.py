@@ -172,6 +172,11 @@ class RunDirectory:
         """Metric rows, one JSON object a line."""
         return self.path / "metrics.jsonl"
 
+    @property
+    def failure(self) -> Path:
+        """Why the last attempt ended, if its training diverged."""
+        return self.path / "failure.json"
+
     def stage(self, key: StageKey) -> Path:
         """The directory of a stage."""
         return self.path / "stages" / key.directory

@@ -86,7 +86,6 @@ class Run:
                 append_row(self.directory.path / "points.jsonl", row)
         if parallel.rank() == 0:
             write_json(self.directory.path / "result.json", {"points": self.plan.points})
-            (self.directory.path / "failure.json").unlink(missing_ok=True)
 
     def dense_model(self) -> nn.Module:
         """The dense model: loaded where its record stands, else trained, finetuned, or taken from a milestone."""
@@ -251,8 +250,14 @@ def work(cell: Cell) -> None:
             exclusive = cell.config.budget.kind == "seconds"
             stack.enter_context(machine.held(cell.config.runtime.device, exclusive))
             cell.directory.write_config(cell.config)
+            cell.directory.failure.unlink(missing_ok=True)
         parallel.wait_for_all()
-        Run(cell).work_tracked()
+        try:
+            Run(cell).work_tracked()
+        except Diverged as error:
+            if parallel.rank() == 0:
+                write_json(cell.directory.failure, {"reason": str(error)})
+            raise
 
 
 def main() -> int:
@@ -272,8 +277,6 @@ def main() -> int:
     except (Busy, ConfigError, CheckpointError, Damaged, Diverged) as error:
         if parallel.rank() == 0:
             print(f"error: {error}", file=sys.stderr)
-            if isinstance(error, Diverged):
-                write_json(cell.directory.path / "failure.json", {"reason": str(error)})
         return FAILED
     finally:
         if dist.is_initialized():

@@ -152,7 +152,7 @@ def prepare_only(name: str, overrides: list[str]) -> int:
             counts = ", ".join(f"{split} {count[unit]:,}" for split, count in record["splits"].items())
             labels = f"; labels {', '.join(record['labels'])}" if "labels" in record else ""
             print(f"{name}: {unit} {counts}{labels}; vocabulary {record['vocab_size']:,}; {record['licence']}")
-    except (ConfigError, CorpusError) as error:
+    except (ConfigError, CorpusError, Damaged) as error:
         errors.append(str(error))
     print("".join(f"error: {error}\n" for error in errors), end="", file=sys.stderr)
     return 2 if errors else 0
@@ -171,7 +171,7 @@ def export_corpus(name: str, to: str, out: Path, overrides: list[str]) -> int:
             assert not isinstance(data, Labelled)
             export_fairseq(data, out)
             print(out)
-    except (ConfigError, CorpusError, FileExistsError) as error:
+    except (ConfigError, CorpusError, Damaged, FileExistsError) as error:
         errors.append(str(error))
     print("".join(f"error: {error}\n" for error in errors), end="", file=sys.stderr)
     return 2 if errors else 0
@@ -338,7 +338,8 @@ def _summarize(cells: list[Cell]) -> int:
     """Say which cells are not done and why; 0 where all are."""
     missing = [cell for cell in cells if not cell.done]
     for cell in missing:
-        failure = read_json(cell.directory.path / "failure.json") or {"reason": "see above"}
+        part = cell if cell.below is None or cell.below.done else cell.below
+        failure = read_json(part.directory.failure) or {"reason": "see above"}
         print(f"not done: {cell.directory.path}: {failure['reason']}", file=sys.stderr)
     return 1 if missing else 0
 

@@ -19,6 +19,17 @@ def command(data: Path, flags: list[str], settings: dict[str, Any]) -> list[str]
     return [sys.executable, "-m", "fairseq_cli.train", str(data), *flags, *words, "--log-format", "json"]
 
 
+def masked_lm(config: Config) -> dict[str, Any]:
+    """RoBERTa of the config's shape, on the same blocks of text and in batches as large as ours."""
+    model, length = config.model, config.data.sequence_length
+    return {
+        "task": "masked_lm", "criterion": "masked_lm", "arch": "roberta_base", "encoder-layers": model.depth,
+        "encoder-embed-dim": model.width, "encoder-ffn-embed-dim": 4 * model.width,
+        "encoder-attention-heads": model.heads, "max-positions": length, "tokens-per-sample": length,
+        "sample-break-mode": "complete", "batch-size": config.optimizer.batch_size,
+    }  # fmt: skip
+
+
 def without_end(config: Config, data: Path, flags: list[str], settings: dict[str, Any], interval: int) -> list[str]:
     """The command of a training like ours, for its speed: nothing is validated or saved."""
     optimizer, is_cpu = config.optimizer, config.runtime.device == "cpu"

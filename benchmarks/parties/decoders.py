@@ -15,7 +15,7 @@ from torch import Tensor
 from parties.loops import transformers
 from train_then_compress.config import ConfigError
 from train_then_compress.cost.engines import Unavailable, load
-from train_then_compress.data.prepare import BOS, EOS, MASK, PAD, SPECIAL_TOKENS
+from train_then_compress.data.prepare import BOS, EOS, PAD, SPECIAL_TOKENS
 from train_then_compress.evaluation.decoding import Decoding, beam_search
 from train_then_compress.export import ctranslate2
 from train_then_compress.export.point import ExportError, Point
@@ -25,8 +25,10 @@ from train_then_compress.models.fairseq.weights import TRANSFORMER, state_dict, 
 from train_then_compress.models.transformer import Translator
 
 OURS, FAIRSEQ = "train_then_compress", "fairseq"
-#: What decodes a batch: sources to the tokens and scores of each one's hypotheses.
-Decoder = Callable[[Tensor], list[list[tuple[list[int], float]]]]
+#: What decodes a batch: sources to the tokens and scores (None where it does not say) of each one's
+#: hypotheses.
+Found = list[list[tuple[list[int], float | None]]]
+Decoder = Callable[[Tensor], Found]
 
 
 def decoders(
@@ -34,8 +36,8 @@ def decoders(
 ) -> tuple[dict[str, Decoder], dict[str, str]]:
     """All that take the model, ours first, by name; and of the others why they do not."""
     made: dict[str, Callable[[], Decoder]] = {
-        OURS: lambda: ours(model, decoding), FAIRSEQ: lambda: fairseq(model, decoding),
-        "transformers": lambda: generate(model, decoding),
+        OURS: lambda: ours(model, decoding), FAIRSEQ: lambda: fairseq(model, point, decoding),
+        "transformers": lambda: generate(model, point, decoding),
     } | {f"CTranslate2 {kind}": partial(in_ctranslate2, point, decoding, threads, kind)
          for kind in ("float32", "int8")}  # fmt: skip
     found, left_out = {}, {}
@@ -50,7 +52,7 @@ def decoders(
 def ours(model: Translator, decoding: Decoding) -> Decoder:
     """Our beam search."""
 
-    def decode(source: Tensor) -> list[list[tuple[list[int], float]]]:
+    def decode(source: Tensor) -> Found:
         return [[(h.tokens, h.score) for h in found] for found in beam_search(model, source, decoding)]
 
     return decode
@@ -65,8 +67,7 @@ def fairseq_generator(model: Translator, **settings: Any) -> Any:
     theirs: Any = transformer(model.config, vocab_size, model.length)
     theirs.load_state_dict(state_dict(dict(model.named_parameters()), TRANSFORMER), strict=False)
     theirs.eval().make_generation_fast_()
-    never = (SPECIAL_TOKENS[0], SPECIAL_TOKENS[MASK])
-    return SequenceGenerator([theirs], dictionary(vocab_size), tokens_to_suppress=never, **settings)
+    return SequenceGenerator([theirs], dictionary(vocab_size), tokens_to_suppress=(SPECIAL_TOKENS[BOS],), **settings)
 
 
 def sample(source: Tensor) -> dict[str, dict[str, Tensor]]:
@@ -74,11 +75,18 @@ def sample(source: Tensor) -> dict[str, dict[str, Tensor]]:
     return {"net_input": {"src_tokens": source, "src_lengths": (source != PAD).sum(dim=1)}}
 
 
-def fairseq(model: Translator, decoding: Decoding) -> Decoder:
+def refuse_changes(point: Point | None, library: str) -> None:
+    """Raise `ExportError` where compression changed more than weights."""
+    if point is not None:
+        point.refuse_changes(library, "a point that changes weights alone can be measured beside it")
+
+
+def fairseq(model: Translator, point: Point | None, decoding: Decoding) -> Decoder:
     """fairseq's generator."""
+    refuse_changes(point, "fairseq")
     generator = fairseq_generator(model, beam_size=decoding.beam, max_len_b=decoding.max_extra)
 
-    def decode(source: Tensor) -> list[list[tuple[list[int], float]]]:
+    def decode(source: Tensor) -> Found:
         with torch.inference_mode():
             found = generator.generate([], sample(source))
         return [[(h["tokens"].tolist()[:-1], float(h["score"])) for h in hypotheses] for hypotheses in found]
@@ -86,11 +94,12 @@ def fairseq(model: Translator, decoding: Decoding) -> Decoder:
     return decode
 
 
-def generate(model: Translator, decoding: Decoding) -> Decoder:
+def generate(model: Translator, point: Point | None, decoding: Decoding) -> Decoder:
     """transformers' ``generate``, for its M2M100 with the same weights: fairseq's Transformer with pre-norm."""
     config, length = model.config, model.length
-    if config.norm != "pre" or config.positions != "sinusoidal":
-        raise ConfigError("its M2M100 has normalization first and sinusoidal positions only")
+    if config.norm != "pre" or config.positions != "sinusoidal" or not config.tied:
+        raise ConfigError("its M2M100 has normalization first, sinusoidal positions and one embedding for all only")
+    refuse_changes(point, "transformers' M2M100")
     library = transformers()
     sides = {f"{side}_{what}": value for side, layers in (("encoder", config.encoder_layers),
                                                           ("decoder", config.decoder_layers))
@@ -106,16 +115,16 @@ def generate(model: Translator, decoding: Decoding) -> Decoder:
     embedding = dict.fromkeys(("model.shared.weight", "lm_head.weight"), model.embedding.weight)
     theirs.load_state_dict(weights | embedding, strict=True)
     theirs.eval()
-    never = [BOS, PAD, MASK]
+    never = [BOS, PAD]
 
-    def decode(source: Tensor) -> list[list[tuple[list[int], float]]]:
+    def decode(source: Tensor) -> Found:
         with torch.inference_mode():
             found = theirs.generate(
                 source, attention_mask=(source != PAD).long(), num_beams=decoding.beam, do_sample=False,
                 early_stopping=decoding.beam > 1, length_penalty=decoding.length_penalty, suppress_tokens=never,
                 max_new_tokens=decoding.max_extra + 1, min_new_tokens=1, forced_eos_token_id=EOS,
             )  # fmt: skip
-        return [[([token for token in row[1:] if token not in (EOS, PAD)], 0.0)] for row in found.tolist()]
+        return [[([token for token in row[1:] if token not in (EOS, PAD)], None)] for row in found.tolist()]
 
     return decode
 
@@ -131,12 +140,14 @@ def in_ctranslate2(point: Point | None, decoding: Decoding, threads: int, quanti
     words = vocabulary(point.tokenizer)
     numbers = {word: number for number, word in enumerate(words)}
 
-    def decode(source: Tensor) -> list[list[tuple[list[int], float]]]:
+    def decode(source: Tensor) -> Found:
         found = translator.translate_batch(
             [[words[token] for token in row if token not in (EOS, PAD)] for row in source.tolist()],
             beam_size=decoding.beam, num_hypotheses=decoding.beam, length_penalty=decoding.length_penalty,
             max_decoding_length=decoding.max_extra,
         )  # fmt: skip
-        return [[([numbers[word] for word in hypothesis], 0.0) for hypothesis in result.hypotheses] for result in found]
+        return [
+            [([numbers[word] for word in hypothesis], None) for hypothesis in result.hypotheses] for result in found
+        ]
 
     return decode

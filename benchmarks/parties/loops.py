@@ -49,6 +49,22 @@ def train(model: nn.Module, task: Task, config: Config, steps: int) -> None:
         say(trainer.clock.tokens - before)
 
 
+def in_our_loop(
+    task_of: Callable[[Config], Any], new_fairseq_model: Callable[[Any], nn.Module]
+) -> dict[str, Callable[[Config, int], None]]:
+    """The parties that train in it: this project's model of a task, and fairseq's."""
+
+    def ours(config: Config, steps: int) -> None:
+        task = task_of(config)
+        train(task.new_model(), task, config, steps)
+
+    def fairseq_model(config: Config, steps: int) -> None:
+        task = task_of(config)
+        train(new_fairseq_model(task), task, config, steps)
+
+    return {"ours": ours, "fairseq_model": fairseq_model}
+
+
 def say(tokens: int) -> None:
     """Tell of an interval."""
     print(json.dumps({"tokens": tokens}), flush=True)

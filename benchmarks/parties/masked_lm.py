@@ -51,18 +51,6 @@ def new_fairseq_model(task: MaskedLMTask) -> nn.Module:
     return FairseqMaskedLM(task.config.model, task.vocab_size, task.length).to(task.device)
 
 
-def ours(config: Config, steps: int) -> None:
-    """This project's model."""
-    task = task_of(config)
-    loops.train(task.new_model(), task, config, steps)
-
-
-def fairseq_model(config: Config, steps: int) -> None:
-    """fairseq's model in this project's loop."""
-    task = task_of(config)
-    loops.train(new_fairseq_model(task), task, config, steps)
-
-
 def transformers(config: Config, steps: int) -> None:
     """RobertaForMaskedLM under its library's Trainer, as run_mlm.py among its examples uses them."""
     library, prepared = loops.transformers(), prepare(config.data, Path(config.paths.cache))
@@ -81,4 +69,4 @@ def transformers(config: Config, steps: int) -> None:
 
 
 if __name__ == "__main__":
-    loops.main({"ours": ours, "fairseq_model": fairseq_model, "transformers": transformers})
+    loops.main(loops.in_our_loop(task_of, new_fairseq_model) | {"transformers": transformers})

@@ -47,18 +47,6 @@ def new_fairseq_model(task: TranslationTask) -> nn.Module:
     return TransformerAtPlaces(shape, task.vocab_size, shape.length).to(task.device)
 
 
-def ours(config: Config, steps: int) -> None:
-    """This project's translator."""
-    task = task_of(config)
-    loops.train(task.new_model(), task, config, steps)
-
-
-def fairseq_model(config: Config, steps: int) -> None:
-    """fairseq's model in this project's loop."""
-    task = task_of(config)
-    loops.train(new_fairseq_model(task), task, config, steps)
-
-
 def transformers(config: Config, steps: int) -> None:
     """MarianMTModel under its library's Trainer, as run_translation.py among its examples trains, pairs of like
     length together."""
@@ -87,4 +75,4 @@ def transformers(config: Config, steps: int) -> None:
 
 
 if __name__ == "__main__":
-    loops.main({"ours": ours, "fairseq_model": fairseq_model, "transformers": transformers})
+    loops.main(loops.in_our_loop(task_of, new_fairseq_model) | {"transformers": transformers})

@@ -10,7 +10,10 @@ from types import ModuleType
 import pytest
 import yaml
 
-from train_then_compress.config import ConfigError
+from train_then_compress.compression.compressed import Compressed
+from train_then_compress.config import Config, ConfigError, TransformerConfig
+from train_then_compress.export.point import Point
+from train_then_compress.models.transformer import Translator
 
 pytest.importorskip("fairseq")
 QUICK = ["--quick", "--not-alone", "--threads", "1"]
@@ -89,6 +92,23 @@ def test_peers_that_do_not_take_the_model_are_left_out_in_words(
         assert list(measured["left_out"]) == ["fairseq", "transformers"] and len(measured["parties"]) == 3
     assert [list(measured["parties"]) for measured in record["by_length"]] == [["train_then_compress"]] * 2
     assert "fairseq has learned and sinusoidal positions only" in capsys.readouterr().out
+
+
+def test_peers_whose_form_it_has_not_are_not_given_its_weights(benchmark: ModuleType) -> None:
+    """Of an untied translator, and of one whose layers compression has changed."""
+    shape = {"depth": 1, "width": 32, "head_size": 16, "positions": "sinusoidal"}
+    decoding = benchmark.Decoding(2, max_extra=4)
+    untied = Translator(TransformerConfig(**shape, tied=False), 50, 32)
+    found, left_out = benchmark.decoders(untied.eval(), None, decoding, 1)
+    assert set(found) == {"train_then_compress", "fairseq"} and "one embedding for all" in left_out["transformers"]
+    config = Config.build({"study": "tests", "task": {"name": "translation"}, "model": {"name": "transformer", **shape},
+                           "data": {"name": "debian_pairs"}})  # fmt: skip
+    compressed = Compressed(Translator(TransformerConfig(**shape), 50, 32))
+    compressed.change({"method": "structured", "layers": [0], "heads": [1], "ffn": [128]})
+    point = Point("run:structured50", config, compressed, Path("tokenizer.json"), 50, [])
+    found, left_out = benchmark.decoders(point.model, point, decoding, 1)
+    assert set(found) == {"train_then_compress"}
+    assert all("compression changed" in left_out[name] for name in ("fairseq", "transformers"))
 
 
 def test_points_that_cannot_be_measured_end_early(benchmark: ModuleType) -> None:

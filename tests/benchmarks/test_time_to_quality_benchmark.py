@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -20,6 +23,13 @@ def benchmark(benchmarks: Path) -> ModuleType:
 def test_the_time_to_a_loss_lies_between_the_budgets(benchmark: ModuleType, loss: float, seconds: float | None) -> None:
     runs = [{"seconds": 40.0, "loss": 4.0}, {"seconds": 10.0, "loss": 5.0}]
     assert benchmark.time_to(loss, runs) == (seconds if seconds is None else pytest.approx(seconds))
+
+
+def test_no_program_outlives_the_benchmark(benchmark: ModuleType) -> None:
+    program = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    with pytest.raises(SystemExit), benchmark._ended(program):
+        raise SystemExit(128 + signal.SIGTERM)
+    assert program.poll() == -signal.SIGTERM
 
 
 def test_fairseq_is_trained_and_judged_by_our_evaluation(

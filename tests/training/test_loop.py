@@ -163,6 +163,14 @@ def test_stop_ends_early_at_an_evaluation(build_config: BuildConfig, prepared: P
     assert fitted.clock.steps == 4
 
 
+def test_a_step_that_passes_two_milestones_keeps_both(
+    build_config: BuildConfig, prepared: Prepared, tmp_path: Path
+) -> None:
+    train(build_config(budget={"kind": "steps", "value": 4}), prepared, tmp_path, keep_at=[0.3, 0.45])
+    kept = {path.name for path in (tmp_path / "checkpoint").glob("*-at-*")}
+    assert kept == {"step-000000002-at-0.3", "step-000000002-at-0.45"}
+
+
 def test_milestones_and_branches(build_config: BuildConfig, prepared: Prepared, tmp_path: Path) -> None:
     """A cooldown branched from a milestone equals a run with the smaller budget from the start (same warm-up steps)."""
     wsd = {"schedule": "wsd", "cooldown": 0.25, "warmup": 0.0}

@@ -109,7 +109,7 @@ def _row(run: Run, variant: str) -> dict[str, Any]:
     budget = config.pretrain.budget if config.pretrain is not None else config.budget
     pretraining = origin.get("clock") or {} if finetuned else clock
     is_done = (run.path / "result.json").is_file()
-    failure = {} if is_done else read_json(run.path / "failure.json") or {}
+    failure = {} if is_done else read_json(RunDirectory(run.path).failure) or {}
     return {
         "study": run.path.resolve().parent.name,
         "run": run.path.name,

@@ -13,11 +13,9 @@ from torch import Tensor
 from train_then_compress.data.prepare import BOS, EOS, MASK, PAD, SPECIAL_TOKENS, UNK
 from train_then_compress.export.point import ExportError, Point
 from train_then_compress.export.tokenizer import has_prefix_space, write_tokenizer
+from train_then_compress.models.positions import FIRST_POSITION
 from train_then_compress.models.roberta import Classifier, MaskedLM
 from train_then_compress.models.transformer import Translator
-
-#: transformers numbers positions from padding id + 1, as RoBERTa does.
-_BEFORE_POSITIONS = PAD + 1
 
 
 def write(point: Point, directory: Path) -> None:
@@ -45,7 +43,7 @@ def settings(model: MaskedLM | Classifier, labels: list[str] | None = None) -> d
         "architectures": [family + head], "vocab_size": encoder.embedding.num_embeddings,
         "hidden_size": config.width, "num_hidden_layers": len(encoder.layers), "num_attention_heads": config.heads,
         "intermediate_size": 4 * config.width, "hidden_act": "gelu", "type_vocab_size": 1,
-        "max_position_embeddings": encoder.length + _BEFORE_POSITIONS, "layer_norm_eps": 1e-5,
+        "max_position_embeddings": encoder.length + FIRST_POSITION, "layer_norm_eps": 1e-5,
         "hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.dropout,
         "bos_token_id": BOS, "pad_token_id": PAD, "eos_token_id": EOS, "tie_word_embeddings": config.tied,
     }  # fmt: skip
@@ -67,7 +65,7 @@ def weights(model: MaskedLM | Classifier) -> dict[str, Tensor]:
     ours.pop("encoder.positions", None)
     theirs = {
         f"{prefix}.embeddings.position_embeddings.weight":
-            torch.cat([positions.new_zeros(_BEFORE_POSITIONS, positions.shape[1]), positions]),
+            torch.cat([positions.new_zeros(FIRST_POSITION, positions.shape[1]), positions]),
         f"{prefix}.embeddings.token_type_embeddings.weight": positions.new_zeros(1, positions.shape[1]),
         f"{prefix}.embeddings.word_embeddings.weight": ours.pop("encoder.embedding.weight"),
     }  # fmt: skip

@@ -36,7 +36,11 @@ class Point:
 
     @property
     def model(self) -> nn.Module:
-        """A `MaskedLM`, `Classifier` or `Translator` (its layers may have been changed) in fp32, ready to infer."""
+        """A `MaskedLM`, `Classifier` or `Translator` (its layers may have been changed), ready to infer.
+
+        It computes in fp32 with the weights of the packed file, which are those that were evaluated: what is not
+        quantized was rounded to bf16 there (of imported models: nothing).
+        """
         return self.compressed.model.eval()
 
     @property

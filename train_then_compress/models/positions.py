@@ -7,6 +7,11 @@ import math
 import torch
 from torch import Tensor
 
+from train_then_compress.data.prepare import PAD
+
+#: fairseq and transformers number positions from here; the rows of a table before it are never read.
+FIRST_POSITION = PAD + 1
+
 
 def sinusoidal(length: int, width: int, offset: int = 0) -> Tensor:
     """float32 [length, width], as fairseq has it: all sines, then all cosines (Vaswani et al. 2017, section 3.5)."""

@@ -13,10 +13,7 @@ from train_then_compress.data.prepare import PAD
 from train_then_compress.models.dropout import Dropout
 from train_then_compress.models.factored import FactoredEmbedding
 from train_then_compress.models.layers import EncoderLayer, Rotation, TokenEmbedding
-from train_then_compress.models.positions import rotary_angles, sinusoidal
-
-#: fairseq and RoBERTa number positions from padding index + 1.
-_FIRST_POSITION = PAD + 1
+from train_then_compress.models.positions import FIRST_POSITION, rotary_angles, sinusoidal
 
 
 class Encoder(nn.Module):
@@ -36,7 +33,7 @@ class Encoder(nn.Module):
         if config.positions == "learned":
             self.positions = nn.Parameter(torch.empty(length, config.width))
         elif config.positions == "sinusoidal":
-            self.register_buffer("positions", sinusoidal(length, config.width, _FIRST_POSITION), persistent=False)
+            self.register_buffer("positions", sinusoidal(length, config.width, FIRST_POSITION), persistent=False)
         else:
             cosine, sine = rotary_angles(length, config.width // config.heads)
             self.register_buffer("cosine", cosine, persistent=False)

@@ -17,12 +17,9 @@ from train_then_compress.models.cache import Cache, Memory, RaggedCache
 from train_then_compress.models.dropout import Dropout
 from train_then_compress.models.factored import FactoredEmbedding
 from train_then_compress.models.layers import EncoderLayer, Rotation, TokenEmbedding, attention
-from train_then_compress.models.positions import rotary_angles, sinusoidal
+from train_then_compress.models.positions import FIRST_POSITION, rotary_angles, sinusoidal
 
 Side = Literal["source", "target"]
-
-#: fairseq numbers positions from padding index + 1.
-_FIRST_POSITION = PAD + 1
 
 
 class CrossAttention(nn.Module):
@@ -130,7 +127,7 @@ class Translator(nn.Module):
             self.source_positions = nn.Parameter(torch.empty(length, config.width))
             self.target_positions = nn.Parameter(torch.empty(length, config.width))
         elif config.positions == "sinusoidal":
-            table = sinusoidal(length, config.width, _FIRST_POSITION)
+            table = sinusoidal(length, config.width, FIRST_POSITION)
             self.register_buffer("source_positions", table, persistent=False)
             self.register_buffer("target_positions", table, persistent=False)
         else:

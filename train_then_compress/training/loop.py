@@ -259,13 +259,14 @@ class Trainer:
         self.desk.checkpoints.save(state)
 
     def checkpoint(self, before: float) -> None:
-        """Save where one is due, at a milestone, and when a signal asks for the end."""
-        milestone = next((point for point in self.training.keep_at if before < point <= self.progress), None)
+        """Save where one is due, at each milestone, and when a signal asks for the end."""
+        kept: list[Milestone | None] = [at for at in self.training.keep_at if before < at <= self.progress]
         stop, due = parallel.largest_over_ranks([interrupt.requested(), self.desk.checkpoints.due()], self.device)
-        if not (stop or due or milestone is not None):
+        if not (stop or due or kept):
             return
         if parallel.rank() == 0:
-            self._save(milestone)
+            for milestone in kept or [None]:
+                self._save(milestone)
         parallel.wait_for_all()
         if stop:
             raise interrupt.Interrupted(

@@ -16,8 +16,10 @@ from torch.serialization import safe_globals
 
 from train_then_compress.config import RobertaConfig
 from train_then_compress.config.parts import in_embedding
+from train_then_compress.data.fairseq_files import read_dictionary
 from train_then_compress.data.prepare import MASK, SPECIAL_TOKENS, UNK
-from train_then_compress.models.fairseq.weights import FIRST_POSITION, ROBERTA, Incompatible, from_fairseq
+from train_then_compress.models.fairseq.weights import ROBERTA, Incompatible, from_fairseq
+from train_then_compress.models.positions import FIRST_POSITION
 from train_then_compress.models.roberta import MaskedLM
 
 #: Tokens and merges of a byte-level BPE: GPT-2's names (fairseq: ``--bpe gpt2``), and those of ``--bpe hf_byte_bpe``.
@@ -38,17 +40,19 @@ class Published:
 def read_roberta(directory: Path) -> Published:
     """The model in a directory, nothing of it executed; raises `Incompatible` for what is missing or has no counterpart
     here, and `ConfigError` for an impossible shape."""
+    if not directory.is_dir():
+        raise Incompatible(f"{directory}: no such directory")
     bpe = _bpe_files(directory)
     symbols = _symbols(directory / "dict.txt")
     state = _load(directory / "model.pt")
     ours = [*SPECIAL_TOKENS, *(symbol for symbol in symbols if symbol not in SPECIAL_TOKENS)]
+    place = {symbol: number for number, symbol in enumerate(symbols)}
     try:
-        model = _model(state, [symbols.index(token) for token in ours])
+        model = _model(state, [place[token] for token in ours])
     except Incompatible as error:
         raise Incompatible(f"{directory / 'model.pt'}: {error}") from None
-    prefix_space = ((state.get("cfg") or {}).get("bpe") or {}).get("bpe_add_prefix_space", False)
     history = state.get("optimizer_history") or [{}]
-    return Published(model, _tokenizer(*bpe, ours, bool(prefix_space)), int(history[-1].get("num_updates", 0)))
+    return Published(model, _tokenizer(*bpe, ours, _has_prefix_space(state)), int(history[-1].get("num_updates", 0)))
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -91,6 +95,13 @@ def _settings(state: dict[str, Any]) -> dict[str, Any]:
     return vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
 
 
+def _has_prefix_space(state: dict[str, Any]) -> bool:
+    """Whether text was given a space in front before it became tokens, from the same two places."""
+    said = state.get("args"), (state.get("cfg") or {}).get("bpe")
+    settings = [vars(one) if isinstance(one, argparse.Namespace) else one for one in said if one]
+    return any(one.get("bpe_add_prefix_space", False) for one in settings)
+
+
 def _config(settings: dict[str, Any]) -> RobertaConfig:
     """The shape; where nothing is said, what fairseq's ``roberta`` assumes."""
     width, heads = settings.get("encoder_embed_dim", 768), settings.get("encoder_attention_heads", 12)
@@ -123,9 +134,12 @@ def _symbols(path: Path) -> list[str]:
     """fairseq's tokens in the order of its numbers: four special ones, the file's, and <mask> if it is not there."""
     if not path.is_file():
         raise Incompatible(f"{path}: no such file")
-    listed = [line.rsplit(" ", 1)[0] for line in path.read_text().splitlines()]
+    try:
+        symbols = read_dictionary(path)
+    except ValueError as error:
+        raise Incompatible(f"{path.parent}: {error}") from None
     mask = SPECIAL_TOKENS[MASK]
-    return [*SPECIAL_TOKENS[:MASK], *listed, *([] if mask in listed else [mask])]
+    return symbols if mask in symbols else [*symbols, mask]
 
 
 def _bpe_files(directory: Path) -> tuple[Path, Path]:
@@ -146,7 +160,8 @@ def _tokenizer(pieces: Path, merges: Path, ours: list[str], prefix_space: bool) 
     found: dict[str, int] = json.loads(pieces.read_text())
     ids = {piece: numbers[str(number)] for piece, number in found.items() if str(number) in numbers}
     # Special tokens, and words that no text has (madeupword0000), keep their places.
-    ids |= {word: number for word, number in numbers.items() if number not in set(ids.values())}
+    taken = set(ids.values())
+    ids |= {word: number for word, number in numbers.items() if number not in taken}
     pairs = [line.split(" ") for line in merges.read_text().splitlines() if line and not line.startswith("#version")]
     kept = [(first, second) for first, second in pairs if {first, second, first + second} <= ids.keys()]
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=kept, unk_token=SPECIAL_TOKENS[UNK]))

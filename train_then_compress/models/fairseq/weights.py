@@ -14,10 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from train_then_compress.data.prepare import PAD
-
-#: Positions are numbered from here; the rows of a table before it are never read.
-FIRST_POSITION = PAD + 1
+from train_then_compress.models.positions import FIRST_POSITION
 
 _IN_A_LAYER = {
     "attention.query_key_value": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
