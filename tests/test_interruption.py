@@ -1,5 +1,6 @@
 """`ttc run` disturbed: killed, told to stop, diverging, met by another process, and in two processes."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -49,13 +50,19 @@ def test_killed_at_several_moments_it_ends_in_the_same_weights(
     assert len(rows) == len(set(rows))
 
 
-def test_sigterm_writes_a_checkpoint_and_stops_the_sweep(tmp_path: Path, common: list[str]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_writes_a_checkpoint_and_stops_the_sweep(
+    tmp_path: Path, common: list[str], number: signal.Signals
+) -> None:
+    """Sent to ``ttc`` alone, which has no terminal."""
     arguments = ["run", "-m", *common, "study=stopped", "seed=0,1", "budget.value=100000"]
-    process = subprocess.Popen([*TTC, *arguments], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*TTC, *arguments], cwd=tmp_path, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not list(tmp_path.glob("runs/stopped/*/checkpoint/*/step-*")):
         time.sleep(0.05)
-    process.terminate()
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "its checkpoint is written" in errors

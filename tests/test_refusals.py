@@ -27,6 +27,7 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
         ("steps.prune.scope=model recipes=[prune15]", "steps.prune.scope='model'"),
         ("model.depth=48 model.width=16384", "training needs more than"),
         ("steps.squash.bits=4", "squash"),
+        ("steps.quant.granularity=row recipes=[none]", "steps.quant.granularity='row'"),
         ("branch_from=runs/x@0.5", "only optimizer.schedule=wsd can branch"),
     ],
 )
@@ -121,6 +122,12 @@ def test_a_damaged_corpus_is_named_with_the_way_out(tmp_path: Path, text_file: P
     for command in (arguments, ["data", "export", *arguments[2:], "--to", "fairseq", "--out", "out"]):
         done = ttc_here(*command, cwd=tmp_path)
         assert done.returncode == 2 and "record.json is damaged" in done.stderr and "delete" in done.stderr
+
+
+def test_a_corpus_that_is_not_known_is_said_with_those_that_are(tmp_path: Path, ttc_here: Command) -> None:
+    for command in (["prepare", "nowhere"], ["export", "nowhere", "--to", "fairseq", "--out", "out"]):
+        done = ttc_here("data", *command, cwd=tmp_path)
+        assert done.returncode == 2 and "error: data=nowhere: no such corpus; known are csv_files, " in done.stderr
 
 
 def test_what_cannot_be_shown_is_an_error(finished: Path, ttc: Command) -> None:

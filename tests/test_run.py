@@ -14,6 +14,7 @@ from train_then_compress.config import Config, ConfigError
 from train_then_compress.data.prepare import prepare
 from train_then_compress.records import RunDirectory, read_json, read_rows
 from train_then_compress.tasks.masked_lm import MaskedLMTask
+from train_then_compress.training import interrupt
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 Compare = Callable[[Path, Path], None]
@@ -84,6 +85,14 @@ def test_given_again_it_does_nothing_and_a_deleted_run_alone_is_done_again(
     assert ttc(*arguments, cwd=study.parents[1]).returncode == 0
     assert {path: path.stat().st_mtime_ns for path in narrow.rglob("*") if path.is_file()} == before
     assert_same_weights(kept, wide)
+
+
+def test_a_signal_between_recipes_stops_before_the_next(
+    study: Path, common: list[str], run_here: RunHere, monkeypatch: pytest.MonkeyPatch, untimed: None
+) -> None:
+    monkeypatch.setattr(interrupt, "requested", lambda: True)
+    with pytest.raises(interrupt.Interrupted, match="stopped before the recipe quant8"):
+        run_here(*common, "study=two", "model.width=32", "recipes=[none,quant8]", cwd=study.parents[1])
 
 
 def test_another_recipe_trains_nothing_again(study: Path, common: list[str], run_here: RunHere, untimed: None) -> None:

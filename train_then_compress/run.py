@@ -81,11 +81,19 @@ class Run:
         model = self.dense_model()
         done = self.directory.points()
         for recipe, chain in self.plan.recipes.items():
-            row = done.get(self.plan.points[recipe]) or self.make_point(model, recipe, chain)
+            row = done.get(self.plan.points[recipe])
+            if row is None:
+                self._stop_if_asked(recipe)
+                row = self.make_point(model, recipe, chain)
             if parallel.rank() == 0:  # once more where other settings came in between: a recipe's last row counts
                 append_row(self.directory.path / "points.jsonl", row)
         if parallel.rank() == 0:
             write_json(self.directory.path / "result.json", {"points": self.plan.points})
+
+    def _stop_if_asked(self, recipe: str) -> None:
+        """Raise `Interrupted` where a signal came while nothing was trained."""
+        if parallel.largest_over_ranks([interrupt.requested()], self.task.device)[0]:
+            raise interrupt.Interrupted(f"stopped before the recipe {recipe}")
 
     def dense_model(self) -> nn.Module:
         """The dense model: loaded where its record stands, else trained, finetuned, or taken from a milestone."""

@@ -42,6 +42,7 @@ from train_then_compress.config import (
     conf_directory,
 )
 from train_then_compress.config.base import reject
+from train_then_compress.config.recipes import step_settings
 from train_then_compress.cost import machine
 from train_then_compress.data.corpora import CorpusError
 from train_then_compress.data.examples import Labelled
@@ -179,6 +180,9 @@ def export_corpus(name: str, to: str, out: Path, overrides: list[str]) -> int:
 
 def _compose_corpus(name: str, overrides: list[str]) -> tuple[list[Config], list[str]]:
     """As `compose`, with what the kind of corpus needs."""
+    known = sorted(path.stem for path in conf_directory().glob("data/*.yaml"))
+    if name not in known:
+        return [], [f"data={name}: no such corpus; known are {', '.join(known)}"]
     needed = []
     if name in corpora_of(LabelledCorpora):
         needed = ["task=classification", "pretrain=mlm"]
@@ -250,6 +254,8 @@ def resolve(composed: DictConfig) -> Config:
         raise ConfigError(f"{error.full_key}: {str(error.msg).splitlines()[0]}") from None
     values.pop("experiment", None)
     config = adopt(Config.build(values))
+    for method, settings in config.steps.items():  # of those that no recipe names too: they may be added later
+        step_settings(method, settings)
     if config.distill is not None:
         teacher = str(Path(find_teacher(config).directory.path).absolute())
         config = config.changed(distill=dataclasses.replace(config.distill, teacher=teacher))
@@ -317,12 +323,12 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def _interrupted_while_waiting(child: subprocess.Popen[str]) -> bool:
-    """Wait for a child; SIGTERM is handed on to it, SIGINT reaches it from the terminal by itself."""
+    """Wait for a child; a signal is handed on to it, unless it is Ctrl-C's, which reaches it from the terminal."""
     asked: list[int] = []
 
     def hand_on(number: int, frame: FrameType | None) -> None:
         asked.append(number)
-        if number == signal.SIGTERM:
+        if number == signal.SIGTERM or not _is_in_foreground():
             child.terminate()
 
     earlier = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -332,6 +338,13 @@ def _interrupted_while_waiting(child: subprocess.Popen[str]) -> bool:
         for number, handler in earlier.items():
             signal.signal(number, handler)
     return bool(asked)
+
+
+def _is_in_foreground() -> bool:
+    try:
+        return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+    except (OSError, ValueError):  # standard input is no terminal, or closed
+        return False
 
 
 def _summarize(cells: list[Cell]) -> int:

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from train_then_compress.analysis.table import COLUMNS, averaged, load_study, recipe_family, render, with_engines
-from train_then_compress.records import RunDirectory, append_row, write_json
+from train_then_compress.records import RunDirectory, append_row, read_rows, rewrite_rows, write_json
 
 Writer = Callable[..., RunDirectory]
 
@@ -100,6 +100,14 @@ def test_the_last_row_of_a_recipe_counts_and_a_torn_line_does_not(tmp_path: Path
 def test_a_failure_that_was_overcome_is_not_mentioned(tmp_path: Path, write: Writer) -> None:
     write(tmp_path / "s", 1, 64, failure="the loss is nan at step 3")
     assert load_study(tmp_path / "s").missing == []
+
+
+def test_a_latency_of_a_busy_machine_is_named(tmp_path: Path, write: Writer) -> None:
+    run = write(tmp_path / "s", 1, 64)
+    rows = read_rows(run.path / "points.jsonl")
+    rewrite_rows(run.path / "points.jsonl", [row | {"latency_iqr_ms": 0.6 * row["latency_ms"]}
+                                             if row["recipe"] == "quant4" else row for row in rows])  # fmt: skip
+    assert [sentence.split(": ")[0] for sentence in load_study(tmp_path / "s").missing] == [f"{run.path.name}:quant4"]
 
 
 def test_an_unreadable_run_is_named_and_the_others_stand(study: Path) -> None:

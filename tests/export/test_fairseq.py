@@ -110,6 +110,25 @@ def test_fairseq_generates_our_hypotheses(
     assert sum(len(words) < 24 for words in ours) > 4 and [theirs[number] for number in range(len(sources))] == ours
 
 
+def test_fairseq_validates_a_translator(point_of: Callable[..., Point], tmp_path: Path) -> None:
+    """Its loss, in bits a token of the target, is ours."""
+    point = point_of("translation", positions="sinusoidal")
+    write(point, tmp_path)
+    pairs = torch.randint(MASK + 1, 300, (16, 2, 9), generator=torch.Generator().manual_seed(4))
+    words = vocabulary(point.tokenizer)
+    for side, language in enumerate(("en", "it")):
+        lines = [" ".join(words[token] for token in tokens) for tokens in pairs[:, side].tolist()]
+        (tmp_path / f"valid.en-it.{language}").write_text("\n".join(lines) + "\n")
+    said = program("validate", tmp_path, "--path", tmp_path / "model.pt", "--task", "translation", "--batch-size", 8,
+                   "--log-format", "simple")  # fmt: skip
+    (loss,) = re.findall(r"valid on 'valid' subset .*\| loss ([\d.]+)", said)
+    source, target = (torch.cat([side, torch.full((16, 1), EOS)], dim=1) for side in pairs.unbind(1))
+    with torch.inference_mode():
+        logits = point.model(source, target.roll(1, dims=1), torch.arange(target.numel()))
+    expected = torch.nn.functional.cross_entropy(logits, target.flatten()) / math.log(2)
+    assert float(loss) == pytest.approx(float(expected), abs=2e-3)
+
+
 @pytest.mark.parametrize(
     "task, model, change, message",
     [

@@ -106,6 +106,9 @@ _INTEGERS = [
     "train_steps", "train_tokens", "finetune_steps", "finetune_tokens",
 ]  # fmt: skip
 
+#: Interquartile ranges above this share of the median are said, of so many points by name.
+_UNSTEADY, _NAMED = 0.5, 3
+
 
 @dataclass(frozen=True)
 class Study:
@@ -136,7 +139,17 @@ def load_study(directory: Path) -> Study:
     if not read:
         return Study(directory, pd.DataFrame(), _typed(pd.DataFrame()), metrics, unreadable)
     runs = runs_frame(read)
-    return Study(directory, runs, _points(runs, read), metrics, what_is_missing(runs) + unreadable)
+    points = _points(runs, read)
+    return Study(directory, runs, points, metrics, what_is_missing(runs) + unreadable + _unsteady(points))
+
+
+def _unsteady(points: pd.DataFrame) -> list[str]:
+    """A sentence on latencies that were taken on a busy machine, as their spread shows."""
+    found = points[points["latency_iqr_ms"] > _UNSTEADY * points["latency_ms"]]
+    names = [f"{row['run']}:{row['recipe']}" for row in found.to_dict("records")]
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    said = f"{', '.join(names[:_NAMED])}{more}: the latency varied by more than half of its median (latency_iqr_ms)"
+    return [f"{said}; where the machine was busy it means little"] if names else []
 
 
 def _points(runs: pd.DataFrame, read: list[Run]) -> pd.DataFrame:

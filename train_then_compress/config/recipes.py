@@ -51,7 +51,7 @@ def parse_recipe(recipe: str, settings: Mapping[str, Any], model: ModelConfig, t
                 "a method and a strength such as quant4" if STEPS[method].has_strength else "a method without strength"
             )
             raise ConfigError(f"recipes: {recipe!r}: {part!r} is not {wanted}")
-        config = _settings(method, settings.get(method, {}))
+        config = step_settings(method, settings.get(method, {}))
         if task not in config.tasks:
             raise ConfigError(f"recipes: {recipe!r}: {method} works for task={', '.join(config.tasks)} only")
         config.check_task(task)
@@ -78,7 +78,8 @@ def _check_order(recipe: str, before: list[Step], step: Step) -> None:
             raise ConfigError(f"recipes: {recipe!r}: {step.name} must prune more than {earlier.name} before it")
 
 
-def _settings(method: str, values: Any) -> StepConfig:
+def step_settings(method: str, values: Any) -> StepConfig:
+    """A method's settings from those of the config's ``steps``; raises `ConfigError` naming every wrong key."""
     try:
         config: StepConfig = TypeAdapter(STEPS[method]).validate_python(values)
     except ValidationError as error:

@@ -29,7 +29,7 @@ def write(point: Point, directory: Path, quantization: str = "float32") -> None:
     """
     model = point.model
     if not isinstance(model, Translator):
-        raise ExportError(f"{point.name}: CTranslate2 takes translators; --to onnx and --to hf take it")
+        raise ExportError(f"{point.name}: CTranslate2 takes translators; --to onnx and --to safetensors take it")
     point.refuse_changes("CTranslate2", "--to safetensors takes it")
     words = vocabulary(point.tokenizer)
     never = [number for number, word in enumerate(words) if word in _NEVER]

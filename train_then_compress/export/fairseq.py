@@ -81,7 +81,8 @@ def _translation(point: Point, model: Translator, data: ParallelConfig) -> dict[
     return {
         "model": {"_name": "transformer", **transformer_settings(shape, point.longest)},
         "task": {"_name": "translation", "data": ".", "source_lang": data.source, "target_lang": data.target,
-                 "max_source_positions": point.longest, "max_target_positions": point.longest},
+                 "max_source_positions": point.longest, "max_target_positions": point.longest,
+                 "train_subset": "train", "dataset_impl": None, "required_seq_len_multiple": 1},
         "criterion": {"_name": "cross_entropy", "sentence_avg": False}, "tokenizer": None, "bpe": None,
     }  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,10 @@ def _load(path: Path) -> dict[str, Any]:
         with safe_globals([argparse.Namespace]):
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        # The rest of what torch says is how to load it all the same.
+        found = re.search(r"Unsupported global: GLOBAL \S+", str(error))
         raise Incompatible(f"{path} is damaged, or holds more than tensors, plain values and argparse.Namespace: it is "
-                           f"not loaded ({str(error).splitlines()[0]})") from None  # fmt: skip
+                           f"not loaded{f' ({found[0]})' if found else ''}") from None  # fmt: skip
     if not isinstance(state, dict) or "model" not in state:
         raise Incompatible(f"{path} is no checkpoint of fairseq's")
     return state
