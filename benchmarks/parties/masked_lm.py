@@ -68,5 +68,7 @@ def transformers(config: Config, steps: int) -> None:
     loops.train_transformers(model, collate, lambda batch: int(batch["attention_mask"].sum()), rows, config, steps)
 
 
+PARTIES = loops.in_our_loop(task_of, new_fairseq_model) | {"transformers": transformers}
+
 if __name__ == "__main__":
-    loops.main(loops.in_our_loop(task_of, new_fairseq_model) | {"transformers": transformers})
+    loops.main(PARTIES)

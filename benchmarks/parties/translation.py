@@ -74,5 +74,7 @@ def transformers(config: Config, steps: int) -> None:
     )  # fmt: skip
 
 
+PARTIES = loops.in_our_loop(task_of, new_fairseq_model) | {"transformers": transformers}
+
 if __name__ == "__main__":
-    loops.main(loops.in_our_loop(task_of, new_fairseq_model) | {"transformers": transformers})
+    loops.main(PARTIES)
