@@ -71,12 +71,8 @@ def figures(
     for line in (*drawn, *loaded.missing):
         typer.echo(line, err=line not in drawn)
     if not drawn:
-        _fail(
-            RuntimeError(
-                "nothing to draw: no run of this study has learned enough yet; where the "
-                "machine was slow or busy, delete the study's directory and give the runs more (budget.value)"
-            )
-        )
+        nothing = "nothing to draw: no run of this study has learned enough yet; where the machine was slow or busy, "
+        _fail(RuntimeError(f"{nothing}delete the study's directory and give the runs more (budget.value)"))
 
 
 @app.command()
