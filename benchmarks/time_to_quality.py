@@ -95,11 +95,10 @@ def ours(arguments: argparse.Namespace, seconds: float) -> Record:
 def recipe(config: Config, data: Path, rate: float, updates: int) -> list[str]:
     """RoBERTa's pretraining as fairseq documents it, at this shape and batch."""
     settings = fairseq_train.masked_lm(config) | {
-        "optimizer": "adam",
-        "adam-betas": "(0.9,0.98)", "adam-eps": 1e-6, "clip-norm": 0.0, "weight-decay": 0.01, "dropout": 0.1,
-        "attention-dropout": 0.1, "lr-scheduler": "polynomial_decay", "lr": rate, "total-num-update": updates,
-        "warmup-updates": max(1, round(_WARM_UP * updates)), "max-update": updates, "seed": config.seed,
-        "log-interval": _LOG_EVERY,
+        "optimizer": "adam", "adam-betas": "(0.9,0.98)", "adam-eps": 1e-6, "clip-norm": 0.0, "weight-decay": 0.01,
+        "dropout": 0.1, "attention-dropout": 0.1, "lr-scheduler": "polynomial_decay", "lr": rate,
+        "total-num-update": updates, "warmup-updates": max(1, round(_WARM_UP * updates)), "max-update": updates,
+        "seed": config.seed, "log-interval": _LOG_EVERY,
     }  # fmt: skip
     return fairseq_train.command(data, ["--cpu", "--disable-validation"], settings)
 

@@ -26,7 +26,7 @@ def runs_of(study: Path) -> list[Path]:
 
 @pytest.mark.parametrize(
     ("dtype", "budget", "moments"),
-    [("fp32", 400, [("prune99", 7)]), ("bf16", 120, [("pretrain", 6), ("pretrain", 70)])],
+    [("fp32", 400, [("pretrain", 6), ("prune99", 7)]), ("bf16", 120, [("pretrain", 70)])],
 )
 def test_killed_at_several_moments_it_ends_in_the_same_weights(
     tmp_path: Path, common: list[str], ttc: Command, run_here: RunHere, assert_same_weights: Compare, kill_at: KillAt,

@@ -238,9 +238,9 @@ def compare(
 @data.command("list")
 def list_corpora() -> None:
     """Name the corpora that data=NAME takes."""
-    from train_then_compress.config import conf_directory
+    from train_then_compress.config import corpus_files
 
-    for path in sorted(conf_directory().glob("data/*.yaml")):
+    for path in corpus_files():
         typer.echo(f"{path.stem:16} {path.read_text().splitlines()[0].removeprefix('#').strip()}")
 
 

@@ -40,6 +40,7 @@ from train_then_compress.config import (
     ParallelCorpora,
     TrackerConfig,
     conf_directory,
+    corpus_files,
 )
 from train_then_compress.config.base import reject
 from train_then_compress.config.recipes import step_settings
@@ -180,7 +181,7 @@ def export_corpus(name: str, to: str, out: Path, overrides: list[str]) -> int:
 
 def _compose_corpus(name: str, overrides: list[str]) -> tuple[list[Config], list[str]]:
     """As `compose`, with what the kind of corpus needs."""
-    known = sorted(path.stem for path in conf_directory().glob("data/*.yaml"))
+    known = [path.stem for path in corpus_files()]
     if name not in known:
         return [], [f"data={name}: no such corpus; known are {', '.join(known)}"]
     needed = []
@@ -194,8 +195,7 @@ def _compose_corpus(name: str, overrides: list[str]) -> tuple[list[Config], list
 def corpora_of(kinds: Any) -> list[str]:
     """The files of ``conf/data`` that name one of these kinds of data (a union of dataclasses)."""
     names = {kind.__pydantic_fields__["name"].default for kind in get_args(kinds)}
-    files = sorted(conf_directory().glob("data/*.yaml"))
-    return [path.stem for path in files if yaml.safe_load(path.read_text())["name"] in names]
+    return [path.stem for path in corpus_files() if yaml.safe_load(path.read_text())["name"] in names]
 
 
 def compose(arguments: list[str]) -> tuple[list[Config], list[str]]:

@@ -25,9 +25,9 @@ from train_then_compress.models.fairseq.weights import TRANSFORMER, state_dict, 
 from train_then_compress.models.transformer import Translator
 
 OURS, FAIRSEQ = "train_then_compress", "fairseq"
-#: What decodes a batch: sources to the tokens and scores (None where it does not say) of each one's
-#: hypotheses.
+#: Of each source, the tokens and scores of its hypotheses (None where it does not say).
 Found = list[list[tuple[list[int], float | None]]]
+#: What decodes a batch of sources.
 Decoder = Callable[[Tensor], Found]
 
 
@@ -115,13 +115,12 @@ def generate(model: Translator, point: Point | None, decoding: Decoding) -> Deco
     embedding = dict.fromkeys(("model.shared.weight", "lm_head.weight"), model.embedding.weight)
     theirs.load_state_dict(weights | embedding, strict=True)
     theirs.eval()
-    never = [BOS, PAD]
 
     def decode(source: Tensor) -> Found:
         with torch.inference_mode():
             found = theirs.generate(
                 source, attention_mask=(source != PAD).long(), num_beams=decoding.beam, do_sample=False,
-                early_stopping=decoding.beam > 1, length_penalty=decoding.length_penalty, suppress_tokens=never,
+                early_stopping=decoding.beam > 1, length_penalty=decoding.length_penalty, suppress_tokens=[BOS, PAD],
                 max_new_tokens=decoding.max_extra + 1, min_new_tokens=1, forced_eos_token_id=EOS,
             )  # fmt: skip
         return [[([token for token in row[1:] if token not in (EOS, PAD)], None)] for row in found.tolist()]

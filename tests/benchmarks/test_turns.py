@@ -61,11 +61,11 @@ def test_the_interval_that_a_pause_falls_into_does_not_count(turns: ModuleType, 
     party.start()
     try:
         party.warm_up()
-        time.sleep(1)
+        time.sleep(0.3)
         party.take_turn(0.05)
     finally:
         party.end()
-    assert max(seconds for seconds, _ in party.intervals[0]) < 1
+    assert max(seconds for seconds, _ in party.intervals[0]) < 0.2
 
 
 def test_a_program_that_ends_is_an_error_with_its_last_words(turns: ModuleType) -> None:

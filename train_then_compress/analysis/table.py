@@ -130,7 +130,8 @@ class Study:
 
 
 def load_study(directory: Path) -> Study:
-    """Read every run of a study; what is unfinished, failed or unreadable is said in ``missing``, the rest is kept.
+    """Read every run of a study; what is unfinished, failed, unreadable or was taken on a busy machine is said in
+    ``missing``, the rest is kept.
 
     Raises FileNotFoundError, in words, where there is no study or no run in it.
     """

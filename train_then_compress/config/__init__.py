@@ -36,7 +36,7 @@ __all__ = [
     "CorpusConfig", "DataConfig", "DistillConfig", "EvaluationConfig", "LabelledConfig", "LabelledCorpora",
     "MaskedLMTask", "Milestone", "ModelConfig", "OptimizerConfig", "ParallelConfig", "ParallelCorpora", "PathsConfig",
     "Pretraining", "RobertaConfig", "RuntimeConfig", "SotuWiki", "Step", "TaskConfig", "Teaching", "TrackerConfig",
-    "TransformerConfig", "TranslationTask", "conf_directory", "parse_milestone", "parse_recipe",
+    "TransformerConfig", "TranslationTask", "conf_directory", "corpus_files", "parse_milestone", "parse_recipe",
 ]  # fmt: skip
 
 #: The parser in C, where there is one, is ten times as fast: a study has hundreds of files.
@@ -232,3 +232,8 @@ def conf_directory() -> Path:
     package = Path(__file__).resolve().parents[1]
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
+
+
+def corpus_files() -> list[Path]:
+    """The files of ``conf/data``, one for each corpus that ``data=NAME`` takes, by name."""
+    return sorted(conf_directory().glob("data/*.yaml"))
