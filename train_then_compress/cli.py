@@ -52,7 +52,7 @@ def table(
         raise typer.BadParameter(f"{engines}: no such file", param_hint="--engines")
     points = loaded.points if engines is None else with_engines(loaded.points, read_json(engines))
     typer.echo(render(averaged(points) if mean else points, format))
-    for line in loaded.missing:
+    for line in (*loaded.missing, *loaded.unsteady):
         typer.echo(line, err=True)
 
 
@@ -68,7 +68,7 @@ def figures(
     directory = _directory(study, runs)
     loaded = _load(directory)
     drawn = draw(loaded, out or directory / "figures")
-    for line in (*drawn, *loaded.missing):
+    for line in (*drawn, *loaded.missing, *loaded.unsteady):
         typer.echo(line, err=line not in drawn)
     if not drawn:
         nothing = "nothing to draw: no run of this study has learned enough yet; where the machine was slow or busy, "

@@ -119,7 +119,8 @@ class Study:
     ``runs``: one row per run in order of size, its settings and results named as in `COLUMNS`, with ``progress``
     (share of the budget spent), ``learned``, ``failure`` (reason, or empty), ``absent`` (recipes without a point),
     ``baseline_validation`` and ``baseline_test`` (perplexity of the unigram model, accuracy of the most frequent
-    label, BLEU of the copied source; its chrF is ``baseline_chrf``). ``missing``: sentences.
+    label, BLEU of the copied source; its chrF is ``baseline_chrf``). ``missing`` and ``unsteady``: sentences on
+    what is unfinished, failed or unreadable, and on latencies taken on a busy machine.
     """
 
     directory: Path
@@ -127,21 +128,21 @@ class Study:
     points: pd.DataFrame
     metrics: pd.DataFrame
     missing: list[str]
+    unsteady: list[str]
 
 
 def load_study(directory: Path) -> Study:
-    """Read every run of a study; what is unfinished, failed, unreadable or was taken on a busy machine is said in
-    ``missing``, the rest is kept.
+    """Read every run of a study; what is unfinished, failed or unreadable is said in ``missing``, the rest is kept.
 
     Raises FileNotFoundError, in words, where there is no study or no run in it.
     """
     read, unreadable = read_runs(directory)
     metrics = pd.DataFrame.from_records([{"run": run.path.name, **row} for run in read for row in run.metrics])
     if not read:
-        return Study(directory, pd.DataFrame(), _typed(pd.DataFrame()), metrics, unreadable)
+        return Study(directory, pd.DataFrame(), _typed(pd.DataFrame()), metrics, unreadable, [])
     runs = runs_frame(read)
     points = _points(runs, read)
-    return Study(directory, runs, points, metrics, what_is_missing(runs) + unreadable + _unsteady(points))
+    return Study(directory, runs, points, metrics, what_is_missing(runs) + unreadable, _unsteady(points))
 
 
 def _unsteady(points: pd.DataFrame) -> list[str]:
