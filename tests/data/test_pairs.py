@@ -176,12 +176,15 @@ def test_an_epoch_shows_every_pair_once_within_the_budget(
     split = split_of(lengths)
     batches = PairBatches(split, tokens, seed)
     seen: list[Any] = []
+    sizes: list[int] = []
     step = 0
     while len(seen) < 2 * len(split):
         batch = batches(step)
         assert batch.source.size + batch.target.size <= tokens
         seen += [row[row != PAD].tobytes() for row in np.concatenate([batch.source, batch.labels], axis=1)]
+        sizes.append(len(batch.source))
         step += 1
+    assert sum(size > 8 and size % 8 > 0 for size in sizes) <= 2, "only what is left of an epoch has another size"
     assert len(seen) == 2 * len(split) and sorted(seen[: len(split)]) == sorted(seen[len(split) :])
     fresh = PairBatches(split, tokens, seed)(step - 1)
     assert (fresh.source == batches(step - 1).source).all()
