@@ -175,6 +175,21 @@ def test_runs_that_stand_keep_their_names(values: dict[str, Any], names: str, mo
     assert " ".join([found.run_name, *stages, *(point[:8] for point in found.points.values())]) == names
 
 
+def test_a_tasks_own_version_is_of_its_dense_stages_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    translator = Config.build({
+        "task": {"name": "translation"}, "data": {"name": "debian_pairs"}, "model": {"name": "transformer"},
+    })  # fmt: skip
+    masked_lm = Config.build({"data": TEXT})
+
+    def ids(schema: dict[str, int]) -> tuple[str, str]:
+        monkeypatch.setattr("train_then_compress.records.SCHEMA", schema)
+        return plan(translator, "d", MACHINE).dense.id, plan(masked_lm, "d", MACHINE).dense.id
+
+    before, after = ids({"pretrain": 2}), ids({"pretrain": 2, "pretrain translation": 3})
+    assert before[0] != after[0] and before[1] == after[1]
+    assert ids({"pretrain": 3})[0] == after[0]
+
+
 def test_what_bleu_depends_on_counts_for_points_but_not_for_training() -> None:
     def made(**evaluation: Any) -> Plan:
         values = {"task": {"name": "translation"}, "data": {"name": "debian_pairs"}, "model": {"name": "transformer"},

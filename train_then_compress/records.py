@@ -21,9 +21,9 @@ import yaml
 
 from train_then_compress.config import BATCH_FIELDS, Config, Step, parse_milestone
 
-#: The version of a kind of stage (``pretrain``, ``quant``, ..), 1 where it is not named: raise it when a change of the
-#: code makes earlier stages worth doing again.
-SCHEMA: dict[str, int] = {"pretrain": 2}
+#: The version of a kind of stage (``pretrain``, ``quant``, ..) or of one task's dense stage, 1 where it is not named:
+#: raise it when a change of the code makes earlier stages worth doing again.
+SCHEMA: dict[str, int] = {"pretrain": 2, "pretrain translation": 3}
 
 #: The stages that give a run its dense model: trained, finetuned, or taken from a milestone of another run.
 DENSE_STAGES = ("pretrain", "finetune", "milestone")
@@ -104,7 +104,8 @@ def plan(
         own |= {"runtime": what(config.runtime), "machine": machine}
     parents = [data_id] if origin_id is None else [origin_id, data_id]
     name = "finetune" if config.task.name == "classification" else "pretrain" if origin_id is None else "milestone"
-    dense = StageKey(name, digest([*parents, own, SCHEMA.get(name, 1)]))
+    version = SCHEMA.get(f"{name} {config.task.name}", SCHEMA.get(name, 1))
+    dense = StageKey(name, digest([*parents, own, version]))
     recipes = {recipe: _chain(dense, steps, config) for recipe, steps in config.parsed_recipes().items()}
     tested = [config.evaluation.test_sequences, *_decoding(config, config.evaluation.beam)]
     points = {
