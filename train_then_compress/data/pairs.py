@@ -306,8 +306,9 @@ class PairBatches:
         while start < len(numbers):
             longest = np.maximum.accumulate(lengths[start : start + self.tokens // 2]).sum(axis=1)
             fitting = int(np.searchsorted(longest * np.arange(1, len(longest) + 1), self.tokens, side="right"))
-            whole = start + fitting == len(numbers) or fitting < _MULTIPLE
-            end = start + (fitting if whole else fitting - fitting % _MULTIPLE)
+            end = start + fitting
+            if end < len(numbers) and fitting > _MULTIPLE:
+                end -= fitting % _MULTIPLE
             yield numbers[start:end]
             start = end
 
